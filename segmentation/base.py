@@ -1,0 +1,345 @@
+"""SegmentationModule: the loop that every architecture shares. A subclass adds the layers and `score_maps`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from .losses import IGNORE, CrossEntropy
+from .metrics import scores
+
+Batch = dict[str, Any]
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    """The optimizer of the DeepLab and PSPNet papers, at v3's learning rate."""
+    return torch.optim.SGD(params, lr=0.007, momentum=0.9, weight_decay=1e-4)
+
+
+class SegmentationModule(L.LightningModule):
+    """Training, validation, test and prediction of a semantic segmentation network.
+
+    Subclasses define `score_maps`, and override `losses`, `forward` or `heads` where their paper differs.
+
+    Args:
+        num_classes: output channels; 1 is a binary model with one logit, for data of two classes.
+        in_channels: channels of the image.
+        mean: per channel, of pixels scaled to 0..1; a buffer, so checkpoints carry it. Default: ImageNet's RGB.
+        std: likewise.
+        loss: takes (logits, mask); None is `CrossEntropy` with `class_weights`.
+        class_weights: one factor per class for the default loss.
+        optimizer: takes parameter groups; the groups' own ``lr_mult`` scales its learning rate.
+        lr_scheduler: takes the optimizer; None is poly, lr * (1 - step / steps) ** lr_power (DeepLab v2, section 4.1).
+        lr_interval: how often an injected scheduler steps, ``step`` or ``epoch``.
+        lr_power: exponent of poly.
+        warmup_steps: optimizer steps over which poly starts linearly from 0.
+        head_lr_mult: factor on the learning rate of `heads`; 10 in DeepLab.
+        bias_lr_mult: factor on that of convolution biases, on top of the head's; 2 in Caffe recipes.
+        bias_weight_decay: weight decay of convolution biases; None leaves the optimizer's, 0 in Caffe recipes.
+        freeze_bn: keep batch norm at its loaded statistics, and its scale and shift out of the optimizer.
+        channels_last: store images and weights with channels innermost, the faster order on CPUs and tensor cores.
+        compile: run `score_maps` through ``torch.compile``.
+
+    Raises:
+        ValueError: if `num_classes` is below 1, or mean and std are not one number per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        loss: nn.Module | None = None,
+        class_weights: Sequence[float] | None = None,
+        optimizer: OptimizerCallable = sgd,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "step",
+        lr_power: float = 0.9,
+        warmup_steps: int = 0,
+        head_lr_mult: float = 1.0,
+        bias_lr_mult: float = 1.0,
+        bias_weight_decay: float | None = None,
+        freeze_bn: bool = False,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False, ignore=["loss", "optimizer", "lr_scheduler"])  # of the subclass too
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if not len(mean) == len(std) == in_channels:
+            raise ValueError(f"mean and std need one number for each of {in_channels} channels, got {mean} and {std}")
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.loss = loss or CrossEntropy(class_weights)
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.lr_power, self.warmup_steps = lr_power, warmup_steps
+        self.head_lr_mult, self.bias_lr_mult, self.bias_weight_decay = head_lr_mult, bias_lr_mult, bias_weight_decay
+        self.freeze_bn, self.channels_last, self.compile_network = freeze_bn, channels_last, compile
+        self.class_names = [str(label) for label in range(max(2, num_classes))]
+        self.palette: list[list[int]] = []
+        self.confusion = MulticlassConfusionMatrix(max(2, num_classes), ignore_index=IGNORE, validate_args=False)
+        self.mean_loss = MeanMetric()  # over labelled pixels; both are of the split that is being evaluated
+
+    # What an architecture defines
+
+    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
+        """Run the network: ``(N, C, H, W)`` to score maps ``(N, K, h, w)`` by name, ``main`` first."""
+        raise NotImplementedError
+
+    def heads(self) -> list[nn.Module]:
+        """Modules that start from random weights, trained at `head_lr_mult` times the learning rate."""
+        return []
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of a normalised image, at its size.
+
+        Shape:
+            image ``(N, C, H, W)`` float -> logits ``(N, num_classes, H, W)``.
+        """
+        return resize(self.score_maps(image)["main"], image.shape[-2:])
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms whose sum is optimised, each at the mask's size."""
+        mask = batch["mask"]
+        maps = self.score_maps(self.preprocess(batch["image"]))
+        return {name: self.loss(resize(scores, mask.shape[-2:]), mask) for name, scores in maps.items()}
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax over classes, or sigmoid of one logit: ``(N, num_classes, H, W)``."""
+        return logits.float().sigmoid() if self.num_classes == 1 else logits.float().softmax(dim=1)
+
+    # Shared by all
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """Normalise stored pixels on the device: integers to 0..1, minus mean, over std.
+
+        Shape:
+            image ``(N, C, H, W)`` of an integer or float type -> the same in the module's type.
+
+        Raises:
+            ValueError: if the channels are not `in_channels`.
+        """
+        if image.shape[1] != self.in_channels:
+            raise ValueError(f"the image has {image.shape[1]} channels, the model has in_channels {self.in_channels}")
+        full_scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        image = image.to(device=self.mean.device, dtype=self.mean.dtype, memory_format=order)
+        return (image / full_scale - self.mean) / self.std
+
+    def labels(self, probs: Tensor) -> Tensor:
+        """The most probable class per pixel: ``(N, K, H, W)`` to int64 ``(N, H, W)``."""
+        return (probs[:, 0] > 0.5).long() if self.num_classes == 1 else probs.argmax(dim=1)
+
+    def setup(self, stage: str) -> None:
+        """Take class names and palette from the data, and check that model and data agree.
+
+        Raises:
+            ValueError: if the numbers of classes differ; a binary model has 1 where its data has 2.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and len(getattr(data, "class_names", ())) > 0:
+            if max(2, self.num_classes) != data.num_classes:
+                raise ValueError(
+                    f"model.num_classes is {self.num_classes} but the data has {data.num_classes} classes "
+                    f"({', '.join(data.class_names)}): set model.num_classes to {data.num_classes}"
+                )
+            self.class_names = [str(name) for name in data.class_names]
+            self.palette = [[int(value) for value in colour] for colour in data.palette]
+        if self.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if self.compile_network and "score_maps" not in self.__dict__:
+            self.score_maps = torch.compile(self.score_maps)  # type: ignore[method-assign]
+
+    def train(self, mode: bool = True) -> "SegmentationModule":
+        """Switch to training or evaluation; frozen batch norm stays in evaluation."""
+        super().train(mode)
+        for norm in self._frozen():
+            norm.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if self.freeze_bn else []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sum and log the losses.
+
+        Raises:
+            ValueError: if the loss is not finite, or batch norm meets one value per channel.
+        """
+        try:
+            losses = self.losses(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"batch norm cannot train on a batch of {len(batch['name'])} where a feature map is 1x1: "
+                "set data.batch_size to 2 or more, or model.freeze_bn: true"
+            ) from error
+        loss = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(loss):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+            raise ValueError(
+                f"the loss is not finite ({terms}) at step {self.global_step}, learning rate {rate:g}, "
+                f"images {', '.join(batch['name'])}: lower the learning rate, or look at these files"
+            )
+        size = len(batch["name"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        if len(losses) > 1:
+            self.log_dict({f"train/loss_{name}": value for name, value in losses.items()}, batch_size=size)
+        return loss
+
+    def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        mask = batch["mask"]
+        logits = resize(self(self.preprocess(batch["image"])), mask.shape[-2:])
+        loss = self.loss(logits, mask)
+        self.mean_loss.update(loss, weight=(mask != IGNORE).sum())
+        self.confusion.update(self.labels(self.probabilities(logits)), mask)
+        return {"loss": loss, "logits": logits}
+
+    def _log_scores(self, split: str) -> None:
+        values = scores(self.confusion.compute(), self.class_names)
+        values["loss"] = self.mean_loss.compute()
+        self.log_dict({f"{split}/{k}": v.to(self.device, torch.float32) for k, v in values.items()}, sync_dist=True)
+        self.confusion.reset()
+        self.mean_loss.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the split's confusion matrix; gives ``loss`` and ``logits`` ``(N, K, H, W)`` to callbacks."""
+        return self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As `validation_step`."""
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/miou``, ``val/pixel_acc``, ``val/mean_acc``, ``val/fwiou``, ``val/iou/<class>``, ``val/loss``."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same as ``test/...``."""
+        self._log_scores("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Give ``probs`` ``(N, num_classes, H, W)`` at the images' own size, ``name`` and ``size``."""
+        logits = self(self.preprocess(batch["image"]))
+        return {"probs": self.probabilities(logits), "name": batch["name"], "size": batch["size"]}
+
+    @property
+    def class_path(self) -> str:
+        """The import path of this architecture."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    @property
+    def init_args(self) -> dict[str, Any]:
+        """The plain arguments that build this network again; its weights then come from a checkpoint."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.hparams.items()}
+        return {key: value for key, value in plain.items() if key != "weights"}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Sort trainable parameters into groups for the optimizer.
+
+        Returns:
+            up to four groups, weights and biases of the backbone and of `heads`, each with ``name``, ``params`` and
+            ``lr_mult``, and with ``weight_decay`` where it differs from the optimizer's. Biases are those of
+            convolutions and linear layers; frozen batch norm is in no group.
+        """
+        frozen = {id(p) for norm in self._frozen() for p in norm.parameters()}
+        in_head = {id(p) for head in self.heads() for p in head.parameters()}
+        norms = {id(p) for m in self.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for p in m.parameters()}
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad or id(parameter) in frozen:
+                continue
+            head, bias = id(parameter) in in_head, name.endswith("bias") and id(parameter) not in norms
+            key = f"{'head' if head else 'backbone'}_{'bias' if bias else 'weight'}"
+            if key not in groups:
+                mult = (self.head_lr_mult if head else 1.0) * (self.bias_lr_mult if bias else 1.0)
+                groups[key] = {"name": key, "params": [], "lr_mult": mult}
+                if bias and self.bias_weight_decay is not None:
+                    groups[key]["weight_decay"] = self.bias_weight_decay
+            groups[key]["params"].append(parameter)
+        return list(groups.values())
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule; poly steps once per optimizer step over the whole run.
+
+        Raises:
+            ValueError: if poly has no end to reach, because only ``max_time`` limits the run.
+        """
+        optimizer = self.optimizer(self.param_groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group["lr_mult"]
+        if self.lr_scheduler is not None:
+            schedule, interval = self.lr_scheduler(optimizer), self.lr_interval
+        else:
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise ValueError("the poly schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+            schedule, interval = torch.optim.lr_scheduler.LambdaLR(optimizer, self.poly(int(steps))), "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    def poly(self, steps: int) -> Any:
+        """The factor on the learning rate as a function of the optimizer step, 0 to ``steps``."""
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+            return warm * max(0.0, 1 - step / steps) ** self.lr_power
+
+        return factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the key ``segmentation``: what `predict` needs to build this network again and name its classes.
+
+        It replaces Lightning's own ``hyper_parameters``, which would silently override a command's configuration.
+        """
+        checkpoint.pop("hyper_parameters", None)
+        checkpoint.pop("hparams_name", None)
+        checkpoint["segmentation"] = {
+            "class_path": self.class_path,
+            "init_args": self.init_args,
+            "class_names": self.class_names,
+            "palette": self.palette,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take class names and palette where the data gave none.
+
+        Raises:
+            ValueError: if the checkpoint is of another architecture, or of the same with other sizes; names both.
+        """
+        saved = checkpoint.get("segmentation")
+        if saved is not None and saved["class_path"] != self.class_path:
+            raise ValueError(
+                f"the checkpoint is of {saved['class_path']}, but the model is {self.class_path}: give its own config"
+            )
+        own = {key: value.shape for key, value in self.state_dict().items()}
+        stored = {key: value.shape for key, value in checkpoint["state_dict"].items()}
+        if own != stored:
+            theirs, ours = saved["init_args"] if saved else {}, self.init_args
+            differ = [f"{k} {theirs.get(k)} there, {ours.get(k)} here" for k in ours if theirs.get(k) != ours.get(k)]
+            layer = min(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key))
+            raise ValueError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
+        if saved is not None and not self.palette:
+            self.class_names, self.palette = saved["class_names"], saved["palette"]
+
+
+def resize(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation of score maps to (height, width), unless they have it already."""
+    if scores.shape[-2:] == tuple(size):
+        return scores
+    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)

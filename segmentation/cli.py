@@ -1,0 +1,215 @@
+"""The command ``lightning {fit,validate,test,predict} --config FILE``: a LightningCLI with plain errors."""
+
+import argparse
+import csv
+import difflib
+import importlib
+import inspect
+import json
+import netrc
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+import datamodules
+import segmentation
+from segmentation import callbacks
+
+
+class Parser(LightningArgumentParser):
+    """Ends a wrong command in one sentence with the nearest valid name, and exit status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        sys.stderr.write(f"error: {plain(message)}\n")
+        raise SystemExit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder, and nowhere when there is none."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class CLI(LightningCLI):
+    """Architectures as ``--model``, data sets as ``--data``, and checkpoints that know what they are."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``--writer.output_dir`` and ``--writer.overwrite`` for `predict`; after all callbacks of the config."""
+        parser.add_lightning_class_args(callbacks.PredictionWriter, "writer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with the model taken from the checkpoint where the command names none."""
+        self.config = parser.parse_args(with_checkpoint_model(list(sys.argv[1:] if args is None else args)))
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what depends on earlier runs and on the W&B key, before anything is built."""
+        config = self.config[self.subcommand]
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
+        folder = None
+        for logger in loggers:
+            if logger.class_path.endswith("CSVLogger"):
+                folder = Path(logger.init_args.save_dir) / str(logger.init_args.name)
+                version = logger.init_args.version
+                name = version if isinstance(version, str) else f"version_{version}"
+                if version is not None and (folder / name).exists():
+                    rank_zero_info(f"{folder / name} holds an earlier run: this one gets a new version folder")
+                    logger.init_args.version = None
+        if config.ckpt_path in ("last", "best"):
+            config.ckpt_path = newest_checkpoint(folder, config.ckpt_path)
+        if config.ckpt_path and config.model is not None and "weights" in config.model.init_args:
+            config.model.init_args.weights = None  # the checkpoint holds them
+        if self.subcommand == "predict":
+            config.trainer.logger, config.return_predictions = False, False
+        elif any(logger.class_path.endswith("WandbLogger") for logger in loggers) and not has_wandb_key():
+            os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"] = "offline", "true"
+            rank_zero_info("no W&B key: logged offline; `wandb login`, then `wandb sync logs/wandb/offline-*` uploads")
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Take the CSV rows of a resumed run along."""
+        checkpoint = self.config[self.subcommand].ckpt_path
+        history = Path(checkpoint).parent.parent / "metrics.csv" if checkpoint else None
+        if checkpoint is None or history is None or not history.is_file():
+            return
+        steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        with history.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.experiment.metrics.extend({key: value for key, value in row.items() if value} for row in rows)
+        rank_zero_info(f"going on from {checkpoint}, step {steps}")
+
+
+def with_checkpoint_model(args: list[str]) -> list[str]:
+    """Add the model of ``--ckpt_path`` to a command that names neither model nor config, and a folder to `predict`."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--model", "--config", "--data", "--ckpt_path"):
+        look.add_argument(name, *(["-c"] if name == "--config" else []))
+    known, _ = look.parse_known_args(args)
+    path = known.ckpt_path
+    if not args or args[0] not in ("validate", "test", "predict") or known.model or known.config or not path:
+        return args
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
+    if saved is None:
+        raise ValueError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")
+    model = json.dumps({"class_path": saved["class_path"], "init_args": saved["init_args"]})
+    data = ["--data", "Folder"] if args[0] == "predict" and not known.data else []
+    return [args[0], "--model", model, *data, *args[1:]]
+
+
+def newest_checkpoint(folder: Path | None, name: str) -> str:
+    """The ``last`` or ``best`` checkpoint of the newest run in a folder of versions.
+
+    Raises:
+        FileNotFoundError: if no run has left one.
+    """
+    found = sorted(folder.glob(f"version_*/checkpoints/{name}.ckpt"), key=lambda p: p.stat().st_mtime) if folder else []
+    if not found:
+        where = folder or "a config without a CSVLogger"
+        raise FileNotFoundError(f"--ckpt_path {name}: no run in {where} has left a {name}.ckpt")
+    return str(found[-1])
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B is set up or told what to do: by its environment variables or by ``wandb login``."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
+        return True
+    for name in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc"):
+        try:
+            if netrc.netrc(os.path.expanduser(name)).authenticators("api.wandb.ai"):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def plain(message: str) -> str:
+    """Turn a parser's message into one sentence, with the nearest valid name for an unknown one."""
+    classes = [getattr(m, name) for m in (segmentation, datamodules, callbacks) for name in m.__all__]
+    patterns = {
+        r"ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)": "key",
+        r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'": "class",
+        r"invalid choice: '(\w+)'": "command",
+    }
+    for pattern, kind in patterns.items():
+        match = re.search(pattern, message)
+        if match is None:
+            continue
+        wrong = next(group for group in match.groups() if group)
+        module = re.search(r"module '([\w.]+)' has no", message)
+        if kind == "command":
+            names = {"fit", "validate", "test", "predict"}
+        elif kind == "class":
+            names = set(dir(importlib.import_module(module[1]))) if module else {cls.__name__ for cls in classes}
+        else:
+            names = {"trainer", "model", "data", "seed_everything", "writer", "ckpt_path", "config"}
+            for cls in (L.Trainer, *(base for c in classes for base in c.__mro__)):
+                names |= set(inspect.signature(cls.__init__).parameters)
+        parts = wrong.split(".")
+        near = [difflib.get_close_matches(part, names, n=1) for part in parts]
+        hint = ".".join(match[0] if match else part for match, part in zip(near, parts, strict=True))
+        return f"unknown {kind} '{wrong}'" + (f": did you mean '{hint}'?" if hint != wrong else "")
+    if "required: " in message and ".model" in message:
+        return "no model given: name a config with --config FILE, or an architecture with --model CLASS"
+    return " ".join(message.split())[:400]
+
+
+def sentence(error: BaseException) -> str | None:
+    """The message of an error that this project raised to be read, None for any other, which deserves its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:  # from a loader's worker: its last line is the error, and the frame before it ours
+        frames, last = re.findall(r'File "([^"]+)", line', text), text.strip().splitlines()[-1]
+        return last.partition(": ")[2] if frames and ours(frames[-1]) else None
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return text if isinstance(error, (ValueError, OSError)) and ours(frames[-1]) else None
+
+
+def ours(filename: str) -> bool:
+    """Whether a source file belongs to this project."""
+    roots = [Path(module.__file__).parent for module in (segmentation, datamodules)]  # type: ignore[arg-type]
+    return any(root in Path(filename).resolve().parents for root in roots)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: as after ``lightning`` in a shell; None takes the process's own.
+
+    Raises:
+        SystemExit: with status 2 for a command that cannot be parsed, 1 for a run that cannot go on.
+    """
+    try:
+        CLI(
+            segmentation.SegmentationModule,
+            datamodules.SegmentationDataModule,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=None if args is None else list(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(1) from None

@@ -1,0 +1,98 @@
+"""Pictures of labels: colours, overlays, and the panel of image, truth, prediction and error."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+IGNORE = 255
+Palette = Sequence[Sequence[int]]
+
+
+def rgb(image: Tensor) -> np.ndarray:
+    """Show stored pixels: ``(C, H, W)`` of any type to uint8 ``(H, W, 3)``, the first three channels or grey."""
+    pixels = image.detach().float().cpu().numpy()
+    pixels = pixels[[0, 0, 0]] if len(pixels) < 3 else pixels[:3]
+    if str(image.dtype) != "torch.uint8":
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / max(high - low, 1e-12) * 255
+    return pixels.transpose(1, 2, 0).round().astype(np.uint8)
+
+
+def palette_bytes(palette: Palette) -> bytes:
+    """A PNG palette of 256 colours: the classes', black for unused labels, white for 255."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[IGNORE] = 255
+    colours[: len(palette)] = palette
+    return colours.tobytes()
+
+
+def index_mask(labels: Tensor, palette: Palette) -> Image.Image:
+    """Labels ``(H, W)`` as a palette picture whose pixel values are the labels."""
+    picture = Image.fromarray(labels.byte().cpu().numpy())
+    picture.putpalette(palette_bytes(palette))
+    return picture
+
+
+def overlay(image: np.ndarray, labels: Tensor, palette: Palette, opacity: float = 0.5) -> Image.Image:
+    """Blend labels ``(H, W)`` in their colours over an image uint8 ``(H, W, 3)``."""
+    colours = np.asarray(index_mask(labels, palette).convert("RGB"))
+    return Image.fromarray((image * (1 - opacity) + colours * opacity).round().astype(np.uint8))
+
+
+def error_map(image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Image:
+    """Wrong pixels red over the faded grey image, ignored ones white."""
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.35 + 120
+    valid = (truth != IGNORE).cpu().numpy()
+    grey[(truth != prediction).cpu().numpy() & valid] = (220, 20, 30)
+    grey[~valid] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def panel(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]], palette: Palette, class_names: Sequence[str], width: int = 240
+) -> Image.Image:
+    """Draw image, truth, prediction and error side by side, a row per sample, over a legend of the classes.
+
+    Args:
+        rows: image ``(C, H, W)`` as stored, truth and prediction ``(H, W)``.
+        palette: one RGB colour per class.
+        class_names: one per class.
+        width: of each picture in pixels.
+    """
+    font, gap = ImageFont.load_default(size=13), 6
+    strips = []
+    for image, truth, prediction in rows:
+        pixels = rgb(image)
+        cells = [
+            Image.fromarray(pixels),
+            index_mask(truth, palette).convert("RGB"),
+            index_mask(prediction, palette).convert("RGB"),
+            error_map(pixels, truth, prediction),
+        ]
+        height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
+        resampling = [Image.Resampling.LANCZOS] + 3 * [Image.Resampling.NEAREST]
+        strips.append([cell.resize((width, height), how) for cell, how in zip(cells, resampling, strict=True)])
+    total = 4 * width + 5 * gap
+    entries, x, y = [], gap, 0  # legend: position of each swatch, wrapped at the picture's width
+    for name in class_names:
+        length = 28 + int(font.getlength(name))
+        if x + length > total:
+            x, y = gap, y + 20
+        entries.append((x, y, name))
+        x += length
+    body = sum(strip[0].height + gap for strip in strips)
+    sheet = Image.new("RGB", (total, 24 + body + y + 24), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("image", "truth", "prediction", "error")):
+        draw.text((gap + column * (width + gap), 4), title, fill="black", font=font)
+    top = 24
+    for strip in strips:
+        for column, cell in enumerate(strip):
+            sheet.paste(cell, (gap + column * (width + gap), top))
+        top += strip[0].height + gap
+    for (x, y, name), colour in zip(entries, palette, strict=True):
+        draw.rectangle((x, top + y + 2, x + 13, top + y + 15), fill=tuple(colour), outline="black")
+        draw.text((x + 18, top + y), name, fill="black", font=font)
+    return sheet

@@ -1,0 +1,284 @@
+"""Architectures against the papers' parameter counts and against installed peers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import resnet50, segmentation
+
+from segmentation import DeepLabV1, DeepLabV3, UNet
+from segmentation.backbones import Bottleneck, ResNet
+from segmentation.unet import mirror
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def shake(module: nn.Module) -> nn.Module:
+    """Random batch-norm statistics and affine parameters: fresh ones hide what they do."""
+    torch.manual_seed(1)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(m.weight, 0.3, 0.9)
+            nn.init.normal_(m.bias, 0, 0.2)
+        if isinstance(m, (Bottleneck, torchvision.models.resnet.Bottleneck)):
+            nn.init.uniform_(m.bn3.weight, 0.05, 0.2)  # else 33 additions make logits of a thousand
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [
+        (lambda: DeepLabV1(21), 20_505_429),
+        (lambda: DeepLabV1(11), 20_495_179),
+        (lambda: DeepLabV1(21, fc7_padding=1, dropout="channel"), 20_505_429),
+        (lambda: DeepLabV3(21), 39_638_869),
+        (lambda: DeepLabV3(21, aux_loss_weight=0.5), 42_004_074),
+        (lambda: DeepLabV3(21, "resnet50", output_stride=16), 39_638_869),
+        (lambda: DeepLabV3(21, "resnet101"), 58_630_997),
+        (lambda: DeepLabV3(21, "resnet101", aux_loss_weight=0.5), 60_996_202),
+        (lambda: DeepLabV3(21, "mobilenet_v3_large"), 11_025_477),
+        (lambda: DeepLabV3(21, "mobilenet_v3_large", aux_loss_weight=0.5), 11_029_328),
+        (lambda: UNet(2, in_channels=1, mean=[0.5], std=[0.5], padding="valid", batch_norm=False), 31_030_658),
+        (lambda: UNet(21, padding="valid", batch_norm=False), 31_033_045),
+        (lambda: UNet(21, padding="valid", conv_bias=True), 31_044_821),
+        (lambda: UNet(21, padding="valid"), 31_038_933),
+        (lambda: UNet(21), 31_038_933),
+        (lambda: UNet(11), 31_038_283),
+        (lambda: UNet(2), 31_037_698),
+        (lambda: UNet(21, up="bilinear"), 17_264_277),
+    ],
+)
+def test_parameter_counts_equal_the_papers(build, parameters):
+    with torch.device("meta"):
+        model = build()
+    assert count(model) == parameters
+
+
+PEERS = {
+    "resnet50": segmentation.deeplabv3_resnet50,
+    "resnet101": segmentation.deeplabv3_resnet101,
+    "mobilenet_v3_large": segmentation.deeplabv3_mobilenet_v3_large,
+}
+
+
+@pytest.mark.parametrize("backbone", PEERS)
+@pytest.mark.parametrize("size", [(64, 96), (97, 75)])
+def test_deeplabv3_gives_torchvisions_logits(backbone, size, tmp_path):
+    peer = shake(PEERS[backbone](weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
+    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    ours = DeepLabV3(21, backbone, aux_loss_weight=0.5, weights=str(tmp_path / "peer.pth")).eval()
+    image = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        theirs = peer(image)["out"]
+        assert 0.05 < theirs.std() < 20  # logits that differ from pixel to pixel, so that a match says something
+        torch.testing.assert_close(ours(image), theirs, atol=1e-4, rtol=0)
+
+
+def test_deeplabv3_training_gives_torchvisions_main_and_aux_scores(tmp_path):
+    peer = shake(PEERS["resnet50"](weights=None, weights_backbone=None, num_classes=5, aux_loss=True)).train()
+    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    ours = DeepLabV3(5, aux_loss_weight=0.5, weights=str(tmp_path / "peer.pth")).train()
+    for module in (*peer.modules(), *ours.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    image, mask = torch.rand(2, 3, 65, 65), torch.randint(0, 5, (2, 65, 65))
+    theirs = peer(ours.preprocess(image))
+    terms = ours.losses({"image": image, "mask": mask})
+    torch.testing.assert_close(terms["main"], F.cross_entropy(theirs["out"], mask), atol=1e-4, rtol=0)
+    torch.testing.assert_close(terms["aux"], 0.5 * F.cross_entropy(theirs["aux"], mask), atol=1e-4, rtol=0)
+
+
+def test_weights_of_another_class_count_leave_the_head_fresh(tmp_path, caplog):
+    peer = PEERS["resnet50"](weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+    torch.save({"state_dict": peer.state_dict()}, tmp_path / "peer.pth")
+    ours = DeepLabV3(4, weights=str(tmp_path / "peer.pth"))
+    torch.testing.assert_close(ours.classifier[1].weight, peer.classifier[1].weight)
+    assert ours.classifier[4].weight.shape[0] == 4
+
+
+def test_weights_of_another_network_are_refused_with_keys_and_shapes(tmp_path):
+    torch.save(resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match=r"do not fit: conv1.weight: \(64, 3, 7, 7\) in the file, absent"):
+        DeepLabV3(21, weights=str(tmp_path / "resnet.pth"))
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilate"), [(32, [False] * 3), (16, [False, False, True]), (8, [False, True, True])]
+)
+@pytest.mark.parametrize("size", [(64, 64), (65, 97)])
+def test_resnet_gives_torchvisions_features(stride, dilate, size):
+    peer = shake(resnet50(weights=None, replace_stride_with_dilation=dilate))
+    ours = ResNet(50, output_stride=stride).eval()
+    ours.load_state_dict({k: v for k, v in peer.state_dict().items() if not k.startswith("fc.")})
+    image = torch.randn(1, 3, *size)
+    with torch.inference_mode():
+        x = peer.maxpool(peer.relu(peer.bn1(peer.conv1(image))))
+        x = peer.layer4(peer.layer3(peer.layer2(peer.layer1(x))))
+        torch.testing.assert_close(ours(image)["layer4"], x, atol=1e-4, rtol=1e-4)
+
+
+def test_resnet_options_of_deeplabv2_and_pspnet():
+    v2 = ResNet(101, output_stride=8, dilate_first_block=True, stride_in_1x1=True, ceil_mode=True)
+    assert v2.layer2[0].conv1.stride == (2, 2) and v2.layer2[0].conv2.stride == (1, 1)
+    assert {m.conv2.dilation for m in v2.layer3} == {(2, 2)} and {m.conv2.dilation for m in v2.layer4} == {(4, 4)}
+    assert v2(torch.rand(1, 3, 160, 160))["layer1"].shape[-1] == 41  # floor gives 40 (specs: ceil-mode pooling)
+    psp = ResNet(50, output_stride=8, deep_stem=True)
+    assert psp.layer1[0].conv1.in_channels == 128
+    assert psp(torch.rand(1, 3, 65, 65))["layer4"].shape == (1, 2048, 9, 9)
+
+
+class Milesial(nn.Module):
+    """The padded U-Net written down a second time from the paper's figure, flat and functional."""
+
+    def __init__(self, unet: UNet, bilinear: bool) -> None:
+        super().__init__()
+        self.u, self.bilinear = unet, bilinear
+
+    def double(self, block: nn.Sequential, x: Tensor) -> Tensor:
+        for conv, norm in ((block[0], block[1]), (block[3], block[4])):
+            x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5)
+            x = F.relu(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for block in (self.u.down1, self.u.down2, self.u.down3, self.u.down4):
+            x = self.double(block, x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.double(self.u.bottom, x)
+        for up in (self.u.up4, self.u.up3, self.u.up2, self.u.up1):
+            skip = skips.pop()
+            if self.bilinear:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            else:
+                x = F.conv_transpose2d(x, up.up.weight, up.up.bias, stride=2)
+            dy, dx = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+            x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+            x = self.double(up.conv, torch.cat([skip, x], 1))
+        return F.conv2d(x, self.u.classifier.weight, self.u.classifier.bias)
+
+
+@pytest.mark.parametrize("up", ["transposed", "bilinear"])
+@pytest.mark.parametrize("size", [(64, 80), (61, 47)])
+def test_padded_unet_is_the_papers_graph(up, size):
+    unet = shake(UNet(4, base_channels=8, up=up))
+    image = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        expected = Milesial(unet, up == "bilinear")(image)
+        torch.testing.assert_close(unet(image), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(188, 4), (204, 20), (540, 356), (556, 372), (572, 388)])
+def test_valid_unet_loses_184_pixels(side, expected):
+    with torch.device("meta"):
+        unet = UNet(2, padding="valid", batch_norm=False)
+        scores = unet.score_maps(torch.empty(1, 3, side, side))["main"]
+    assert scores.shape == (1, 2, expected, expected)
+
+
+def test_valid_unet_forward_equals_the_bare_network_inside_the_mirrored_image():
+    unet = UNet(2, base_channels=4, padding="valid", batch_norm=False).eval()
+    image = torch.randn(1, 3, 20, 36)
+    padded = F.pad(F.pad(image, (30, 30, 0, 0), "reflect"), (0, 0, 18, 18), "reflect")  # all that torch can at once
+    inner = mirror(image, 18, 18, 30, 30)
+    torch.testing.assert_close(inner, padded)
+    with torch.inference_mode():
+        whole = unet(image)
+        bare = unet.score_maps(mirror(image, 92, 92, 92, 92))["main"]  # 204 x 220: both 16 n + 12
+    torch.testing.assert_close(whole, bare[..., :20, :36], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda k: DeepLabV1(k),
+        lambda k: DeepLabV1(k, fc7_padding=1),
+        lambda k: DeepLabV3(k, "mobilenet_v3_large"),
+        lambda k: DeepLabV3(k, output_stride=16),
+        lambda k: UNet(k, base_channels=4),
+        lambda k: UNet(k, base_channels=4, padding="valid", batch_norm=False),
+        lambda k: UNet(k, base_channels=4, pixel_shuffle=2),
+    ],
+)
+@pytest.mark.parametrize(("classes", "size"), [(1, (33, 70)), (5, (1, 9)), (3, (64, 64))])
+def test_logits_have_the_inputs_size_for_any_size_and_class_count(build, classes, size):
+    model = build(classes).eval()
+    with torch.inference_mode():
+        logits = model(torch.randn(1, 3, *size))
+        assert logits.shape == (1, classes, *size)
+        assert torch.isfinite(logits).all()
+        total = model.probabilities(logits).sum(1)
+    if classes > 1:
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize(("padding", "side"), [(0, 40), (1, 42)])
+def test_deeplabv1_score_map_sizes(padding, side):
+    with torch.device("meta"):
+        model = DeepLabV1(21, fc7_padding=padding)
+        assert model.score_maps(torch.empty(1, 3, 320, 320))["main"].shape[-2:] == (side, side)
+
+
+def test_deeplabv1_loss_uses_every_eighth_label():
+    torch.manual_seed(0)
+    model = DeepLabV1(3).eval()
+    image, mask = torch.rand(1, 3, 41, 49), torch.randint(0, 3, (1, 41, 49))
+    scores = model.score_maps(model.preprocess(image))["main"]
+    picked = torch.tensor([[mask[0, 8 * i, 8 * j] for j in range(7)] for i in range(6)])[None]
+    loss = model.losses({"image": image, "mask": mask})["main"]
+    torch.testing.assert_close(loss, F.cross_entropy(scores, picked))
+
+
+def test_pixel_shuffle_keeps_every_pixel():
+    """Each logit may depend on each pixel of its own block, so none is dropped as by a strided network."""
+    unet = UNet(2, base_channels=4, pixel_shuffle=2).eval()
+    image = torch.randn(1, 3, 32, 32, requires_grad=True)
+    unet(image)[0, 0, 16, 16].backward()
+    assert (image.grad[0].abs().sum(0)[16:18, 16:18] > 0).all()
+
+
+def test_deeplabv1_takes_vgg16_as_the_paper_does(monkeypatch):
+    state = {}
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    for index, inputs, outputs in zip(indices, widths, widths[1:], strict=False):
+        state[f"features.{index}.weight"] = torch.full((outputs, inputs, 3, 3), float(index))
+        state[f"features.{index}.bias"] = torch.full((outputs,), float(index))
+    taps = torch.arange(49.0).view(1, 1, 7, 7).expand(4096, 512, 7, 7)
+    state["classifier.0.weight"], state["classifier.0.bias"] = taps.reshape(4096, -1), torch.arange(4096.0)
+    state["classifier.3.weight"] = torch.arange(4096.0)[:, None] * 4096 + torch.arange(4096.0)
+    state["classifier.3.bias"] = torch.arange(4096.0)
+    monkeypatch.setattr("segmentation.deeplabv1.vgg16_imagenet", lambda: state)
+    model = DeepLabV1(21, weights="imagenet")
+    assert model.conv1[0].weight.unique().tolist() == [0.0] and model.conv5[4].weight.unique().tolist() == [28.0]
+    assert model.fc6.weight[0, 0].tolist() == [[0, 3, 6], [21, 24, 27], [42, 45, 48]]
+    keep6, keep7 = model.fc6.bias, model.fc7.bias
+    assert len(keep6.unique()) == len(keep7.unique()) == 1024
+    torch.testing.assert_close(model.fc7.weight[:, :, 0, 0], keep7[:, None] * 4096 + keep6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DeepLabV1(21, fc7_padding=2), "fc7_padding"),
+        (lambda: DeepLabV1(0), "num_classes"),
+        (lambda: DeepLabV3(21, "resnet18"), "backbone"),
+        (lambda: DeepLabV3(21, output_stride=4), "output_stride"),
+        (lambda: DeepLabV3(21, atrous_rates=[0]), "atrous_rates"),
+        (lambda: DeepLabV3(21, weights="nowhere.pth"), "nowhere.pth"),
+        (lambda: UNet(21, padding="reflect"), "padding"),
+        (lambda: UNet(21, padding="valid", pixel_shuffle=2), "pixel_shuffle"),
+        (lambda: UNet(21, in_channels=1), "mean and std"),
+        (lambda: ResNet(34), "depth"),
+    ],
+)
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build()
