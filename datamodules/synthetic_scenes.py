@@ -5,10 +5,9 @@ Context decides in them, colour does not:
 - sky, water and road share one grey-blue palette; lanes are straight, banks meander, and the same pale strokes are
   lane marks when they stand in a row and ripples when they lie scattered;
 - the same vehicle is a ``boat`` on water and a ``car`` on road, and a plain patch of its surface surrounds it;
-- the same woolly puffs are clouds above the horizon (``sky``) and ``sheep`` in the meadow; they touch, and only a
-  thin dark gap parts them;
-- a ``pillow`` carries its ``sheet``'s pattern without a seam: the shading of its outline tells, and a fold is shaded
-  alike;
+- the same woolly puffs are clouds above the horizon (``sky``) and ``sheep`` in the meadow or on the road; they touch,
+  and only a thin dark gap parts them;
+- a ``pillow`` carries its ``sheet``'s pattern unbroken: only its shaded outline tells, and folds are shaded alike;
 - a ``tree`` has the meadow's colour and texture, and is large in front or tiny far away; a ``pole`` is one to three
   pixels thin.
 
@@ -34,7 +33,7 @@ BRIGHT = ((200, 62, 54), (226, 172, 50), (232, 228, 216), (52, 116, 168), (222, 
 CLOTH = ((214, 84, 84), (240, 232, 214), (90, 110, 180), (236, 190, 96), (160, 90, 150), (120, 170, 160))
 WOOL, WOOD, GLASS, STROKE = (232, 228, 218), (84, 66, 52), (60, 72, 86), (208, 212, 212)
 
-SEAM = 150  # light along a fold or a pillow's outline, of 256
+SEAM = 140  # light along a fold or a pillow's outline, of 256
 NOISE = (0, 10, 20)  # strength of the sensor noise by difficulty, 10 is a deviation of 8 grey levels
 STRIDE = (18, 18, 30)  # from one stroke to the next by difficulty
 SPLITS = ("train", "val", "test")
@@ -74,8 +73,8 @@ class Dice:
     def waves(self, height: int, width: int, cell: int) -> np.ndarray:
         """Draw smooth noise ``(height, width)`` from -128 to 127, with a random knot every `cell` pixels."""
         knots = (self.bits(height // cell + 2, width // cell + 2) & 255).astype(np.int32) - 128
-        ramp = np.arange(cell, dtype=np.int32)
-        ramp = ramp * ramp * (3 * cell - 2 * ramp) // (cell * cell)  # smoothstep, 0 to cell
+        ramp = np.arange(cell, dtype=np.int64)
+        ramp = (ramp * ramp * (3 * cell - 2 * ramp) // (cell * cell)).astype(np.int32)  # smoothstep, 0 to cell
         knots = knots.repeat(cell, axis=1)
         ramps = np.resize(ramp, width)
         rows = knots[:, :width] * (cell - ramps) + knots[:, cell : cell + width] * ramps
@@ -102,7 +101,7 @@ class Canvas:
         return max(1, (length * min(self.height, self.width) + 64) // 128)
 
     def window(self, cy: int, cx: int, ry: int, rx: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-        """Cut out what lies within (ry, rx) of (cy, cx): the window, and its offsets dy ``(h, 1)`` and dx ``(1, w)``."""
+        """Cut out what lies within (ry, rx) of (cy, cx): the window and its offsets dy ``(h, 1)``, dx ``(1, w)``."""
         top, bottom = max(cy - ry, 0), max(min(cy + ry + 1, self.height), 0)
         left, right = max(cx - rx, 0), max(min(cx + rx + 1, self.width), 0)
         dy, dx = np.arange(top - cy, bottom - cy), np.arange(left - cx, right - cx)
@@ -152,7 +151,7 @@ def draw_land(canvas: Canvas, dice: Dice, difficulty: int) -> list[tuple[int, np
     canvas.shade(whole, (y < skyline) & (y >= skyline - px(2)), 216)  # haze, like a bank
     bands = [(SKY, skyline)]
 
-    count, label = dice.pick((1, 1, 2)), dice.pick((WATER, ROAD))
+    count, label = dice.pick((1, 1, 1, 2)), dice.pick((WATER, ROAD))
     room = (height - horizon - px(6)) // count
     for top in range(horizon + px(6), horizon + px(6) + count * room, room):
         half = min(px(dice.between(17, 20)), room // 2 - px(2))
@@ -171,35 +170,33 @@ def draw_land(canvas: Canvas, dice: Dice, difficulty: int) -> list[tuple[int, np
 
 
 def draw_sheet(canvas: Canvas, dice: Dice) -> None:
-    """Spread a patterned sheet in the meadow and lay a pillow of the same cloth on it."""
+    """Spread a patterned sheet with two folds in the meadow and lay a pillow of the same cloth on it."""
     px = canvas.px
-    ry, rx = px(dice.between(14, 17)), px(dice.between(32, 38))
+    ry, rx = px(dice.between(16, 19)), px(dice.between(33, 40))
     if not (place := canvas.find(dice, GRASS, ry, rx)):
         return
-    cy, cx = place
-    window, dy, dx = canvas.window(cy, cx, ry, rx)
-    sheet = abs(dx + dy // 2) <= rx - ry // 2
+    window, dy, dx = canvas.window(*place, ry, rx)
+    half = rx - ry // 2
+    sheet = abs(dx + dy // 2) <= half
     patch = px(dice.between(4, 6))
     pattern = (dx // patch + dy // patch * dice.between(0, 1)) % 2 == 0  # checks or stripes
     canvas.paint(window, sheet, dice.pick(CLOTH), SHEET)
     canvas.paint(window, sheet & pattern, dice.pick(CLOTH))
-    for _ in range(2):
-        fold = dx + dy * dice.between(-2, 2) // 4 - dice.between(-rx, rx)
-        canvas.shade(window, sheet & (abs(fold) <= px(1)), SEAM)
 
-    width = rx - ry // 2  # half of the sheet's
-    ry, rx = px(dice.between(9, 11)), px(dice.between(13, 17))
-    slack = max(0, width - rx - ry // 2)
-    cy, cx = cy + dice.between(-px(1), px(1)), cx + dice.between(-slack, slack)
-    window, dy, dx = canvas.window(cy, cx, ry + px(2), rx + px(2))
-    corner = px(5)
-    far = np.maximum(abs(dy) - ry + corner, 0) ** 2 + np.maximum(abs(dx) - rx + corner, 0) ** 2  # round the corners
+    ry, rx, corner = px(dice.between(10, 12)), px(dice.between(14, 18)), px(5)
+    slack = max(0, half - rx - ry // 2)
+    py, qx = abs(dy - dice.between(-px(1), px(1))), abs(dx - dice.between(-slack, slack))
+    far = np.maximum(py - ry + corner, 0) ** 2 + np.maximum(qx - rx + corner, 0) ** 2  # a rectangle with round corners
+    pillow = far <= corner**2
+    canvas.mask[window][pillow] = PILLOW
+    for _ in range(2):
+        fold = abs(dx + dy * dice.between(-2, 2) // 4 - dice.between(-half, half)) <= px(1)
+        canvas.shade(window, fold & sheet & ~pillow, SEAM)
     canvas.shade(window, (far <= (corner + px(1)) ** 2) & (far > (corner - px(1)) ** 2), SEAM)
-    canvas.mask[window][far <= corner**2] = PILLOW
 
 
 def draw_puffs(canvas: Canvas, dice: Dice, ground: int, label: int) -> None:
-    """Draw a row of touching woolly puffs: a flock in the meadow, a cloud in the sky."""
+    """Draw a row of touching woolly puffs on a ground: a cloud in the sky, a flock elsewhere."""
     px = canvas.px
     r = px(dice.between(6, 9))
     if not (place := canvas.find(dice, ground, r + px(2), 2 * r)):
@@ -299,6 +296,8 @@ def draw_scene(seed: int, index: int, size: tuple[int, int], difficulty: int = 1
     for label, line in bands:
         for _ in range(times * dice.between(1, 2) if label != SKY else 0):
             draw_vehicle(canvas, dice, label)
+        if label == ROAD and dice.between(0, 1):
+            draw_puffs(canvas, dice, ROAD, SHEEP)
         draw_strokes(canvas, dice, label, line, px(STRIDE[difficulty]))
     for _ in range(times * dice.between(2, 4)):
         draw_tree(canvas, dice, px(dice.between(2, 4)))
@@ -312,8 +311,8 @@ def draw_scene(seed: int, index: int, size: tuple[int, int], difficulty: int = 1
     light = light.astype(np.int32) + dice.waves(height, width, px(16)) // 10
     tufts = np.where((canvas.mask == GRASS) | (canvas.mask == TREE), 3, 1).astype(np.int32)
     light += dice.waves(height, width, px(3)) * tufts // 10
-    grain = dice.bits(height, width).astype("<u8").view(np.uint8).reshape(height, width, 8)  # bytes, in one order
-    grain = grain[..., 0:3].astype(np.int32) + grain[..., 3:6] - 255
+    noise = dice.bits(height, width).astype("<u8").view(np.uint8).reshape(height, width, 8)  # eight bytes per pixel
+    grain = noise[..., 0:3].astype(np.int32) + noise[..., 3:6] - 255
     image = (canvas.image * light[..., None] >> 8) + (grain * NOISE[difficulty] >> 7)
     return np.clip(image, 0, 255).astype(np.uint8), canvas.mask
 
@@ -388,7 +387,9 @@ class SyntheticScenes(SegmentationDataModule):
         self.counts = {"train": num_train, "val": num_val, "test": num_test}
 
     def samples(self, split: str) -> list[Sample]:
-        """List the scenes of a split; each split counts its scenes from a start of its own."""
+        """List the scenes of a split, ``train``, ``val`` or ``test``; each counts from a start of its own."""
+        if split not in SPLITS:
+            raise ValueError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
         start = SPLITS.index(split) << 32
         return [
             Scene(f"{split}_{i:05d}", seed=self.seed, index=start + i, size=self.size, difficulty=self.difficulty)

@@ -1,6 +1,5 @@
 """Pictures of the same few images at every validation, on disk and in Weights & Biases."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from ..base import SegmentationModule
 from ..pictures import panel, rgb
+from .report import run_folder
 
 
 class PredictionLogger(L.Callback):
@@ -48,8 +48,9 @@ class PredictionLogger(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: SegmentationModule, path: str) -> None:
         if self.rows:
-            if trainer.log_dir is not None:
-                file = Path(trainer.log_dir) / path
+            folder = run_folder(trainer)
+            if folder is not None:
+                file = folder / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 panel(self.rows, module.palette, module.class_names).save(file)
             for logger in trainer.loggers:

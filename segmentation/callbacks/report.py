@@ -20,11 +20,11 @@ class Report(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves and print the paths."""
-        logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
-        if not trainer.is_global_zero or logger is None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        if not trainer.is_global_zero or not loggers:
             return
-        logger.save()
-        folder = Path(logger.log_dir)
+        loggers[0].save()
+        folder = Path(loggers[0].log_dir)
         draw_curves(folder / "metrics.csv", folder / "curves.png")
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
         paths = {"checkpoint": best.best_model_path} if best and best.best_model_path else {}
@@ -55,14 +55,21 @@ class Report(L.Callback):
         if trainer.ckpt_path:
             run = Path(trainer.ckpt_path).parent.parent
             paths = {"checkpoint": trainer.ckpt_path, "metrics": run / "metrics.csv", "curves": run / "curves.png"}
-        if trainer.log_dir is not None:
-            paths["panel"] = Path(trainer.log_dir) / "panel.png"
+        folder = run_folder(trainer)
+        if folder is not None:
+            paths["panel"] = folder / "panel.png"
         text = io.StringIO()
         Console(file=text, width=100).print(table)
         text.write(lines({name: path for name, path in paths.items() if Path(path).is_file()}))
         print("\n" + text.getvalue())
-        if trainer.log_dir is not None:
-            (Path(trainer.log_dir) / "report.txt").write_text(text.getvalue() + "\n")
+        if folder is not None:
+            (folder / "report.txt").write_text(text.getvalue() + "\n")
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """The folder of the run's first logger; ``trainer.log_dir`` would hang where only one process asks for it."""
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return next((Path(folder) for folder in folders if folder), None)
 
 
 def lines(paths: dict[str, Any]) -> str:

@@ -1,0 +1,136 @@
+"""Small data drawn on disk, and real `lightning` processes on it."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+PROJECT = Path(__file__).parents[1]
+CLASSES = ["ground", "disc", "bar"]
+
+torch.set_num_threads(2)
+
+
+def draw_pair(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A grey ground with a red disc (1) and a blue bar (2): image (H, W, 3) and labels (H, W)."""
+    rng = np.random.RandomState(seed)
+    y, x = np.mgrid[:height, :width]
+    labels = np.zeros((height, width), np.uint8)
+    labels[(y - rng.randint(10, height - 10)) ** 2 + (x - rng.randint(10, width - 10)) ** 2 < rng.randint(30, 90)] = 1
+    left = rng.randint(0, width - 6)
+    labels[:, left : left + 4] = 2
+    colours = np.array([[110, 110, 110], [190, 60, 50], [50, 70, 180]])
+    image = colours[labels] + rng.randint(-15, 16, (height, width, 3))
+    return image.astype(np.uint8), labels
+
+
+def draw_tree(root: Path, counts: dict[str, int] | None = None) -> Path:
+    """An images/ + masks/ tree with split folders; masks with an ignored border."""
+    for offset, (split, count) in enumerate((counts or {"train": 12, "val": 7, "test": 3}).items()):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, labels = draw_pair(100 * offset + i)
+            labels[:2] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{i:02d}.jpg", quality=95)
+            Image.fromarray(labels).save(root / "masks" / split / f"{i:02d}.png")
+    return root
+
+
+def config(folder: Path, root: Path, name: str = "config", **replace: str) -> Path:
+    """A complete small config; `replace` exchanges lines by their key."""
+    lines = f"""\
+seed_everything: 0
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
+  logger:
+    - class_path: lightning.pytorch.loggers.CSVLogger
+      init_args: {{save_dir: {folder}/logs, name: {name}}}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{monitor: val/miou, mode: max, filename: best}}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{filename: last}}
+    - class_path: segmentation.callbacks.PredictionLogger
+    - class_path: segmentation.callbacks.Report
+model:
+  class_path: UNet
+  init_args:
+    num_classes: 3
+    base_channels: 4
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01}}}}
+data:
+  class_path: Folder
+  init_args:
+    root: {root}
+    class_names: [{", ".join(CLASSES)}]
+    palette: [[10, 20, 30], [200, 0, 0], [0, 0, 200]]
+    batch_size: 4
+    num_workers: 0
+    crop_size: 32
+    scale_range: [0.75, 1.5]
+""".splitlines()
+    for key, value in replace.items():
+        found = [i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
+        assert len(found) == 1, key
+        lines[found[0]] = lines[found[0]].split(key)[0] + value
+    file = folder / f"{name}.yaml"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "COLUMNS": "200"}
+for variable in ("WANDB_API_KEY", "WANDB_MODE", "PL_GLOBAL_SEED"):
+    ENVIRONMENT.pop(variable, None)
+COMMAND = [sys.executable, "-m", "segmentation"]
+
+
+def lightning(*args: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run the command as its user does: another process, another folder, no terminal to ask."""
+    environment = {**ENVIRONMENT, "HOME": str(cwd)}
+    return subprocess.run(
+        [*COMMAND, *map(str, args)], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+
+
+def succeed(*args: object, cwd: Path, timeout: float = 300) -> str:
+    """Run the command, demand exit status 0, and give what it printed."""
+    done = lightning(*args, cwd=cwd, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(run: Path, key: str) -> list[float]:
+    """The values of a metric in a run's metrics.csv, in order."""
+    return [float(row[key]) for row in rows(run) if row.get(key)]
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    return draw_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="session")
+def trained(tree, tmp_path_factory) -> Path:
+    """The folder of a finished run: config.yaml beside logs/config/version_0."""
+    folder = tmp_path_factory.mktemp("trained")
+    file = config(folder, tree)
+    succeed("fit", "--config", file, cwd=folder)
+    return folder

@@ -1,0 +1,164 @@
+"""The shared loop: optimizer groups, schedule, losses, metrics, checkpoints. By hand or against torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from segmentation import DeepLabV1, DeepLabV3, UNet
+from segmentation.base import SegmentationModule
+from segmentation.losses import CrossEntropy
+from segmentation.metrics import scores
+
+CAFFE = {"head_lr_mult": 10, "bias_lr_mult": 2, "bias_weight_decay": 0}
+
+
+def small(**kwargs) -> UNet:
+    return UNet(3, base_channels=4, **kwargs)
+
+
+def test_caffe_groups_of_deeplabv1():
+    """1x and 2x for the backbone's weights and biases, 10x and 20x for fc8's, no decay of biases."""
+    model = DeepLabV1(21, optimizer=lambda p: torch.optim.SGD(p, lr=0.001, weight_decay=5e-4), **CAFFE)
+    optimizer = model.optimizer(model.param_groups())
+    groups = {g["name"]: g for g in optimizer.param_groups}
+    assert {k: g["lr_mult"] for k, g in groups.items()} == {
+        "backbone_weight": 1, "backbone_bias": 2, "head_weight": 10, "head_bias": 20
+    }  # fmt: skip
+    assert {k: g["weight_decay"] for k, g in groups.items()} == {
+        "backbone_weight": 5e-4, "backbone_bias": 0, "head_weight": 5e-4, "head_bias": 0
+    }  # fmt: skip
+    assert groups["head_weight"]["params"][0] is model.fc8.weight and groups["head_bias"]["params"][0] is model.fc8.bias
+    assert sum(p.numel() for g in groups.values() for p in g["params"]) == 20_505_429
+
+
+def test_frozen_batch_norm_stays_in_eval_and_out_of_the_optimizer():
+    model = DeepLabV3(4, freeze_bn=True).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    grouped = {id(p) for g in model.param_groups() for p in g["params"]}
+    assert norms and not any(n.training for n in norms) and model.backbone.training
+    assert not any(id(p) in grouped for n in norms for p in n.parameters())
+    assert len(grouped) == len(list(model.parameters())) - 2 * len(norms)
+
+
+def test_poly_is_the_papers_formula_with_linear_warmup():
+    model = small(lr_power=0.9)
+    factor = model.poly(100)
+    assert [factor(step) for step in (0, 50, 99)] == pytest.approx([1.0, 0.5**0.9, 0.01**0.9])
+    assert factor(100) == 0
+    warm = small(warmup_steps=4).poly(100)
+    assert [warm(step) for step in (0, 1, 4)] == pytest.approx([0.2, 0.4 * 0.99**0.9, 0.96**0.9])
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_cross_entropy_is_torchs_where_something_is_labelled(weights):
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 3, 5, 7), torch.randint(0, 3, (2, 5, 7))
+    mask[0, :2] = 255
+    weight = None if weights is None else torch.tensor(weights)
+    expected = F.cross_entropy(logits, mask, weight, ignore_index=255)
+    torch.testing.assert_close(CrossEntropy(weights)(logits, mask), expected)
+    binary = CrossEntropy()(logits[:, :1], mask.clamp(max=1).masked_fill(mask == 255, 255))
+    keep = mask != 255
+    target = mask.clamp(max=1)[keep].float()
+    torch.testing.assert_close(binary, F.binary_cross_entropy_with_logits(logits[:, 0][keep], target))
+
+
+def test_a_crop_of_ignored_pixels_gives_zero_loss_and_zero_gradients():
+    model = small().train()
+    batch = {"image": torch.rand(2, 3, 32, 32), "mask": torch.full((2, 32, 32), 255), "name": ["a", "b"]}
+    assert torch.isnan(F.cross_entropy(model(batch["image"]), batch["mask"], ignore_index=255))  # what torch gives
+    loss = model.losses(batch)["main"]
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_scores_of_a_hand_made_matrix():
+    """Truth: 4 a (3 found, 1 called b), 2 b (both found), no c but 1 b-pixel is not needed; d occurs nowhere."""
+    matrix = torch.tensor([[3, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    values = scores(matrix, ["a", "b", "c", "d"])
+    assert values["iou/a"] == 3 / 4 and values["iou/b"] == pytest.approx(2 / 3) and values["iou/d"].isnan()
+    assert values["miou"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert values["pixel_acc"] == pytest.approx(5 / 6)
+    assert values["mean_acc"] == pytest.approx((3 / 4 + 1) / 2)
+    assert values["fwiou"] == pytest.approx((4 * 3 / 4 + 2 * 2 / 3) / 6)
+    matrix[1, 2] = 1  # c is predicted but never true: it counts in miou with 0
+    assert scores(matrix, ["a", "b", "c", "d"])["miou"] == pytest.approx((3 / 4 + 2 / 4 + 0) / 3)
+
+
+def test_evaluation_sums_one_matrix_and_drops_255():
+    model = small().eval()
+    logits = torch.zeros(1, 3, 1, 4)
+    logits[0, [0, 1, 1, 2], 0, [0, 1, 2, 3]] = 5.0
+    model.forward = lambda image: logits
+    batch = {"image": torch.zeros(1, 3, 1, 4, dtype=torch.uint8), "mask": torch.tensor([[[0, 1, 2, 255]]])}
+    model.validation_step(batch, 0)
+    model.validation_step(batch, 1)
+    assert model.confusion.compute().tolist() == [[2, 0, 0], [0, 2, 0], [0, 2, 0]]
+
+
+def test_preprocess_scales_by_the_storage_type():
+    model = small(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+    for dtype, full in ((torch.uint8, 255), (torch.uint16, 65535), (torch.float32, 1.0)):
+        image = torch.full((1, 3, 2, 2), full, dtype=dtype)
+        torch.testing.assert_close(model.preprocess(image), torch.full((1, 3, 2, 2), 2.0))
+    assert model.preprocess(torch.zeros(1, 3, 4, 4)).is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="1 channels"):
+        model.preprocess(torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_logits_and_leaves_no_trace_in_the_state_dict():
+    torch.manual_seed(0)
+    model = small(compile=True).eval()
+    image = torch.randn(1, 3, 32, 32)
+    plain, keys = model(image), set(model.state_dict())
+    model._trainer = None
+    model.score_maps = torch.compile(model.score_maps)
+    torch.testing.assert_close(model(image), plain, atol=1e-5, rtol=1e-4)
+    assert set(model.state_dict()) == keys
+
+
+def test_imports_keep_the_agreed_directions():
+    """Who may import whom, as CONTRIBUTING.md says."""
+    project = Path(__file__).parents[1]
+    allowed = {
+        "losses": set(), "metrics": set(), "pictures": set(), "weights": set(),
+        "backbones": {"weights"},
+        "base": {"losses", "metrics", "weights"},
+        "callbacks": {"base", "metrics", "pictures", "report", "prediction_logger", "prediction_writer"},
+    }  # fmt: skip
+    for file in (project / "segmentation").rglob("*.py"):
+        name = file.parent.name if file.parent.name == "callbacks" else file.stem
+        found = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                if node.level:
+                    found |= {module} if module else {alias.name for alias in node.names}
+                assert not module.startswith("datamodules") or name == "cli", file
+            if isinstance(node, ast.Import):
+                assert name == "cli" or not any(a.name.startswith("datamodules") for a in node.names), file
+        if name in ("cli", "__main__", "__init__"):
+            continue
+        assert "cli" not in found, file
+        limit = allowed.get(name, {"base", "backbones", "losses", "weights"})
+        assert found <= limit, f"{file.name} imports {found - limit}"
+    for file in (project / "datamodules").rglob("*.py"):
+        assert "segmentation" not in {m.split(".")[0] for m in imported(file)}, file
+
+
+def imported(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return names | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_every_public_architecture_is_a_segmentation_module():
+    import segmentation
+
+    for name in segmentation.__all__:
+        assert issubclass(getattr(segmentation, name), SegmentationModule)
