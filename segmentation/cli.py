@@ -69,6 +69,8 @@ class CLI(LightningCLI):
                     logger.init_args.version = None
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = newest_checkpoint(folder, config.ckpt_path)
+        if config.ckpt_path and "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
+            raise FileNotFoundError(f"the checkpoint {config.ckpt_path} does not exist")
         if config.ckpt_path and config.model is not None and "weights" in config.model.init_args:
             config.model.init_args.weights = None  # the checkpoint holds them
         if self.subcommand == "predict":
@@ -103,7 +105,7 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
     if not args or args[0] not in ("validate", "test", "predict") or known.model or known.config or not path:
         return args
     if not Path(path).is_file():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist")
+        return args  # last, best or missing: settled once the command is parsed
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
     if saved is None:
         raise ValueError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")

@@ -43,7 +43,7 @@ def draw_tree(root: Path, counts: dict[str, int] | None = None) -> Path:
     return root
 
 
-def config(folder: Path, root: Path, name: str = "config", **replace: str) -> Path:
+def config(folder: Path, root: Path, name: str = "config", /, **replace: str) -> Path:
     """A complete small config; `replace` exchanges lines by their key."""
     lines = f"""\
 seed_everything: 0

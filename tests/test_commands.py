@@ -24,7 +24,7 @@ def test_fit_leaves_checkpoints_metrics_curves_and_pictures(trained):
         assert (run / path).is_file(), path
     assert len(column(run, "val/miou")) == 2 and len(column(run, "train/loss")) == 6
     assert set(SCORES) <= set(rows(run)[0])
-    assert sorted(p.name for p in (run / "pictures").iterdir()) == ["epoch_000.png", "epoch_001.png"]
+    assert sorted(p.name for p in (run / "pictures").iterdir()) == ["step_000003.png", "step_000006.png"]
 
 
 def test_checkpoint_knows_its_model_and_holds_plain_types_only(trained):

@@ -14,7 +14,7 @@ from .report import run_folder
 class PredictionLogger(L.Callback):
     """Draws image, truth, prediction and error of a few evaluated images.
 
-    Validation leaves ``pictures/epoch_<n>.png`` in the run's folder, test ``panel.png``; a W&B logger gets the images
+    Validation leaves ``pictures/step_<n>.png`` in the run's folder, test ``panel.png``; a W&B logger gets the images
     with their masks as layers. The first process draws, from its share of the images.
 
     Args:
@@ -81,7 +81,7 @@ class PredictionLogger(L.Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw what was kept."""
-        self._draw(trainer, pl_module, f"pictures/epoch_{trainer.current_epoch:03d}.png")
+        self._draw(trainer, pl_module, f"pictures/step_{trainer.global_step:06d}.png")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw what was kept."""
