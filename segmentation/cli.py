@@ -6,11 +6,13 @@ import difflib
 import importlib
 import inspect
 import json
+import logging
 import netrc
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +75,10 @@ class CLI(LightningCLI):
             raise FileNotFoundError(f"the checkpoint {config.ckpt_path} does not exist")
         if config.ckpt_path and config.model is not None and "weights" in config.model.init_args:
             config.model.init_args.weights = None  # the checkpoint holds them
+        if self.subcommand in ("validate", "test") and any(
+            "Report" in c.class_path for c in config.trainer.callbacks or []
+        ):
+            config.verbose = False  # one table is enough
         if self.subcommand == "predict":
             config.trainer.logger, config.return_predictions = False, False
         elif any(logger.class_path.endswith("WandbLogger") for logger in loggers) and not has_wandb_key():
@@ -163,7 +169,8 @@ def plain(message: str) -> str:
             for cls in (L.Trainer, *(base for c in classes for base in c.__mro__)):
                 names |= set(inspect.signature(cls.__init__).parameters)
         parts = wrong.split(".")
-        near = [difflib.get_close_matches(part, names, n=1) for part in parts]
+        lower = {name.lower(): name for name in sorted(names)}
+        near = [[lower[name] for name in difflib.get_close_matches(part.lower(), lower, n=1)] for part in parts]
         hint = ".".join(match[0] if match else part for match, part in zip(near, parts, strict=True))
         return f"unknown {kind} '{wrong}'" + (f": did you mean '{hint}'?" if hint != wrong else "")
     if "required: " in message and ".model" in message:
@@ -196,6 +203,10 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 for a command that cannot be parsed, 1 for a run that cannot go on.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "💡 Tip" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     try:
         CLI(
             segmentation.SegmentationModule,

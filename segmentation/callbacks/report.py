@@ -43,7 +43,7 @@ class Report(L.Callback):
         if not trainer.is_global_zero:
             return
         values = {key.removeprefix(f"{split}/"): float(value) for key, value in trainer.callback_metrics.items()}
-        table = Table("class", "IoU", title=f"{split}: intersection over union per class")
+        table = Table("class", "IoU", title=f"{split}, per class")
         for name in pl_module.class_names:
             iou = values[f"iou/{name}"]
             table.add_row(name, "does not occur" if iou != iou else f"{iou:.3f}")
