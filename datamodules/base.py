@@ -49,14 +49,14 @@ def read_mask(path: Path) -> Tensor:
     """Decode a mask whose pixel values are labels; the indices of a palette picture count as labels.
 
     Returns:
-        ``(H, W)`` int32, the values as stored.
+        ``(H, W)`` uint8, or int32 where the file holds more than 8 bits, the values as stored.
 
     Raises:
         ValueError: if the file cannot be decoded, or holds colours instead of labels; the message names it.
     """
     try:
         with Image.open(path) as file:
-            mode, values = file.mode, np.array(file, dtype=np.int32)
+            mode, values = file.mode, np.array(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a mask ({error}): replace it or take it out") from error
     if values.ndim != 2:
@@ -64,7 +64,7 @@ def read_mask(path: Path) -> Tensor:
             f"{path} is a mask in colour (mode {mode}), not in labels: save it with one number per class and pixel "
             "(README, 'Masks in colour', has the lines that convert a folder by its class map)"
         )
-    return torch.from_numpy(values)
+    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class SegmentationDataset(Dataset):
 
     Args:
         samples: what to read.
-        labels: label of each stored mask value, int16 ``(65536,)``, -1 where a value has none; see
-            `SegmentationDataModule.label_table`.
+        labels: label of each stored mask value, -1 where it has none; see `SegmentationDataModule.label_table`.
         transform: joint transform of a ``tv_tensors.Image`` and a ``tv_tensors.Mask``.
         seed: the run's seed.
 
@@ -129,10 +128,9 @@ class SegmentationDataset(Dataset):
                 f"{where} is {values.shape[1]} x {values.shape[0]} pixels but its image {sample.image} is "
                 f"{image.shape[2]} x {image.shape[1]}: masks must have their image's size"
             )
-        low, high = int(values.min()), int(values.max())
-        mask = self.labels[values.long().clamp(0, len(self.labels) - 1)]
-        if low < 0 or high >= len(self.labels) or bool((mask < 0).any()):
-            bad = low if low < 0 else high if high >= len(self.labels) else int(values[mask < 0].max())
+        mask = self.labels[values.long().clamp(-1, len(self.labels) - 1)]  # both ends of the table mean: no class
+        if (mask < 0).any():
+            bad = int(values[mask < 0].max())
             count = int(((self.labels >= 0) & (self.labels != IGNORE)).sum())
             raise ValueError(
                 f"{where} holds the value {bad}, which stands for none of the {count} classes: name it in "
@@ -146,9 +144,11 @@ class SegmentationDataset(Dataset):
         item: dict[str, Any] = {"name": self.samples[index].name, "size": tuple(image.shape[-2:])}
         if self.transform is not None and mask is not None:
             seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(seed))
-                image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
+            state = generator.get_state()
+            generator.manual_seed(int(seed))
+            image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            generator.set_state(state)
         item["image"] = image.as_subclass(torch.Tensor).contiguous()
         if mask is not None:
             item["mask"] = mask.as_subclass(torch.Tensor).long()
@@ -281,8 +281,12 @@ class SegmentationDataModule(L.LightningDataModule):
         return v2.Compose(steps or [v2.Identity()])
 
     def label_table(self) -> Tensor:
-        """The label of each stored mask value: int16 ``(65536,)``, 255 for ignored and -1 for values without class."""
-        table = torch.full((65536,), -1, dtype=torch.int16)
+        """The label of each stored mask value from 0 to 65535: 255 for ignored, -1 for values without a class.
+
+        Returns:
+            int16 ``(65537,)``; the last entry, -1, is for values beyond.
+        """
+        table = torch.full((65537,), -1, dtype=torch.int16)
         pairs = self.label_map or {label: label for label in range(self.num_classes)}
         for value, label in pairs.items():
             if not (0 <= label < self.num_classes or label == IGNORE):

@@ -2,16 +2,11 @@
 
 import argparse
 import csv
-import difflib
-import importlib
-import inspect
 import json
 import logging
 import netrc
 import os
-import re
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +21,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 import datamodules
 import segmentation
 from segmentation import callbacks
+from segmentation.messages import plain, sentence
 
 
 class Parser(LightningArgumentParser):
     """Ends a wrong command in one sentence with the nearest valid name, and exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        sys.stderr.write(f"error: {plain(message)}\n")
+        classes = [getattr(m, name) for m in (segmentation, datamodules, callbacks) for name in m.__all__]
+        sys.stderr.write(f"error: {plain(message, classes)}\n")
         raise SystemExit(2)
 
 
@@ -110,8 +107,10 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
     path = known.ckpt_path
     if not args or args[0] not in ("validate", "test", "predict") or known.model or known.config or not path:
         return args
+    if path in ("last", "best"):
+        return args  # known once the config is
     if not Path(path).is_file():
-        return args  # last, best or missing: settled once the command is parsed
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
     if saved is None:
         raise ValueError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")
@@ -144,54 +143,6 @@ def has_wandb_key() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
-
-
-def plain(message: str) -> str:
-    """Turn a parser's message into one sentence, with the nearest valid name for an unknown one."""
-    classes = [getattr(m, name) for m in (segmentation, datamodules, callbacks) for name in m.__all__]
-    patterns = {
-        r"ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)": "key",
-        r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'": "class",
-        r"invalid choice: '(\w+)'": "command",
-    }
-    for pattern, kind in patterns.items():
-        match = re.search(pattern, message)
-        if match is None:
-            continue
-        wrong = next(group for group in match.groups() if group)
-        module = re.search(r"module '([\w.]+)' has no", message)
-        if kind == "command":
-            names = {"fit", "validate", "test", "predict"}
-        elif kind == "class":
-            names = set(dir(importlib.import_module(module[1]))) if module else {cls.__name__ for cls in classes}
-        else:
-            names = {"trainer", "model", "data", "seed_everything", "writer", "ckpt_path", "config"}
-            for cls in (L.Trainer, *(base for c in classes for base in c.__mro__)):
-                names |= set(inspect.signature(cls.__init__).parameters)
-        parts = wrong.split(".")
-        lower = {name.lower(): name for name in sorted(names)}
-        near = [[lower[name] for name in difflib.get_close_matches(part.lower(), lower, n=1)] for part in parts]
-        hint = ".".join(match[0] if match else part for match, part in zip(near, parts, strict=True))
-        return f"unknown {kind} '{wrong}'" + (f": did you mean '{hint}'?" if hint != wrong else "")
-    if "required: " in message and ".model" in message:
-        return "no model given: name a config with --config FILE, or an architecture with --model CLASS"
-    return " ".join(message.split())[:400]
-
-
-def sentence(error: BaseException) -> str | None:
-    """The message of an error that this project raised to be read, None for any other, which deserves its traceback."""
-    text = str(error)
-    if "Original Traceback" in text:  # from a loader's worker: its last line is the error, and the frame before it ours
-        frames, last = re.findall(r'File "([^"]+)", line', text), text.strip().splitlines()[-1]
-        return last.partition(": ")[2] if frames and ours(frames[-1]) else None
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return text if isinstance(error, (ValueError, OSError)) and ours(frames[-1]) else None
-
-
-def ours(filename: str) -> bool:
-    """Whether a source file belongs to this project."""
-    roots = [Path(module.__file__).parent for module in (segmentation, datamodules)]  # type: ignore[arg-type]
-    return any(root in Path(filename).resolve().parents for root in roots)
 
 
 def main(args: Sequence[str] | None = None) -> None:

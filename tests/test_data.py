@@ -146,6 +146,17 @@ def test_label_map_void_values_and_255(tmp_path):
         Folder(tmp_path, ["no", "yes"], label_map={0: 2}).label_table()
 
 
+@pytest.mark.parametrize("value", [3, 254, 256, 65535, 65536, 2**20])
+def test_a_value_without_a_class_is_named(value, tmp_path):
+    Image.new("RGB", (2, 1)).save(tmp_path / "a.png")
+    stored = np.array([[0, value]], np.uint8 if value < 256 else np.uint16 if value < 65536 else np.int32)
+    Image.fromarray(stored).save(tmp_path / "a.tif")
+    data = Folder(tmp_path, ["a", "b", "c"])
+    dataset = SegmentationDataset([Sample("a", tmp_path / "a.png", tmp_path / "a.tif")], data.label_table())
+    with pytest.raises(ValueError, match=f"a.tif holds the value {value}, .* none of the 3 classes"):
+        dataset.read(0)
+
+
 def test_splits_by_folder_list_or_fraction(tmp_path, tree):
     assert [len(Folder(tree, CLASSES).samples(split)) for split in ("train", "val", "test")] == [12, 7, 3]
     flat = tmp_path / "flat"

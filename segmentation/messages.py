@@ -1,0 +1,63 @@
+"""What the command says when it cannot go on: one sentence, not a dump of types."""
+
+import difflib
+import importlib
+import inspect
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+
+
+def plain(message: str, classes: Sequence[type]) -> str:
+    """Turn a parser's message into one sentence, with the nearest valid name for an unknown one.
+
+    Args:
+        message: what jsonargparse says.
+        classes: architectures, data sets and callbacks, whose names and arguments are valid.
+    """
+    patterns = {
+        r"ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)": "key",
+        r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'": "class",
+        r"invalid choice: '(\w+)'": "command",
+    }
+    for pattern, kind in patterns.items():
+        match = re.search(pattern, message)
+        if match is None:
+            continue
+        wrong = next(group for group in match.groups() if group)
+        module = re.search(r"module '([\w.]+)' has no", message)
+        if kind == "command":
+            names = {"fit", "validate", "test", "predict"}
+        elif kind == "class":
+            names = set(dir(importlib.import_module(module[1]))) if module else {cls.__name__ for cls in classes}
+        else:
+            names = {"trainer", "model", "data", "seed_everything", "writer", "ckpt_path", "config"}
+            for cls in (L.Trainer, *(base for c in classes for base in c.__mro__)):
+                names |= set(inspect.signature(vars(cls).get("__init__", object)).parameters)
+        parts = wrong.split(".")
+        lower = {name.lower(): name for name in sorted(names)}
+        near = [[lower[name] for name in difflib.get_close_matches(part.lower(), lower, n=1)] for part in parts]
+        hint = ".".join(match[0] if match else part for match, part in zip(near, parts, strict=True))
+        return f"unknown {kind} '{wrong}'" + (f": did you mean '{hint}'?" if hint != wrong else "")
+    if "required: " in message and ".model" in message:
+        return "no model given: name a config with --config FILE, or an architecture with --model CLASS"
+    return " ".join(message.split())[:400]
+
+
+def sentence(error: BaseException) -> str | None:
+    """The message of an error that this project raised to be read; None for any other, which keeps its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:  # from a loader's worker: its last line is the error, and the frame before it ours
+        frames, last = re.findall(r'File "([^"]+)", line', text), text.strip().splitlines()[-1]
+        return last.partition(": ")[2] if frames and ours(frames[-1]) else None
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return text if isinstance(error, (ValueError, OSError)) and ours(frames[-1]) else None
+
+
+def ours(filename: str) -> bool:
+    """Whether a source file belongs to this project."""
+    project = Path(__file__).resolve().parent.parent
+    return any(project / package in Path(filename).resolve().parents for package in ("segmentation", "datamodules"))
