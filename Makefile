@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+RUN := PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: install quickstart test test-fast check clean
 
@@ -36,4 +36,4 @@ check: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) logs predictions *.egg-info
+	rm -rf $(VENV) *.egg-info

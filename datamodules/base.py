@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -29,7 +30,7 @@ def read_image(path: Path) -> Tensor:
     """Decode a picture of any mode as RGB, turned upright by its EXIF orientation.
 
     Returns:
-        ``(3, H, W)`` uint8; a palette, grey, alpha or CMYK picture is converted, 16-bit grey keeps its upper byte.
+        ``(3, H, W)`` uint8; a palette, grey, alpha or CMYK picture is converted, deeper grey as `to_8_bits` says.
 
     Raises:
         ValueError: if the file cannot be decoded; the message names it.
@@ -37,12 +38,21 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode[0] in "IF":  # more than 8 bits
+                picture = Image.fromarray(to_8_bits(np.asarray(picture)))
             pixels = np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): replace it or take it out") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Bring deep grey to uint8: floats of at most 1 times 255, integers above 255 by their upper byte of 16 bits."""
+    if np.issubdtype(pixels.dtype, np.floating):
+        pixels = pixels * 255 if pixels.max(initial=0) <= 1 else pixels
+    elif pixels.dtype == np.uint16 or pixels.max(initial=0) > 255:
+        pixels = pixels >> 8
+    return pixels.clip(0, 255).round().astype(np.uint8)
 
 
 def read_mask(path: Path) -> Tensor:
@@ -111,6 +121,11 @@ class SegmentationDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether this is a split of a data set; a folder of photos may hold any sizes."""
+        return len(self.labels) > 0
 
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Read a pair and bring stored values to labels: 0 to K - 1, or 255 for ignored.
@@ -221,7 +236,8 @@ class SegmentationDataModule(L.LightningDataModule):
         test_split: the split that `test` reads, ``val`` where the test labels are not public.
         predict_dir: folder of images for `predict`, any sizes and modes, searched with its subfolders; without it
             `predict` reads the test split's images.
-        check: how many files of a split are decoded and looked at before a run, evenly spread; 0 for none.
+        check: how many files of a split are decoded and looked at before a run, evenly spread; None for all, 0 for
+            none.
     """
 
     class_names: Sequence[str] = ()
@@ -246,7 +262,7 @@ class SegmentationDataModule(L.LightningDataModule):
         color_jitter: float = 0.0,
         test_split: str = "test",
         predict_dir: str | os.PathLike | None = None,
-        check: int = 2000,
+        check: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -291,9 +307,12 @@ class SegmentationDataModule(L.LightningDataModule):
         for value, label in pairs.items():
             if not (0 <= label < self.num_classes or label == IGNORE):
                 raise ValueError(f"data.label_map gives {value} the label {label}, but there are {self.num_classes}")
+        voids = (*self.void_values, *(() if IGNORE in pairs else (IGNORE,)))
+        beyond = [value for value in (*pairs, *voids) if not 0 <= value < 65536]
+        if beyond:
+            raise ValueError(f"data.void_values and data.label_map take values from 0 to 65535, got {beyond[0]}")
+        for value, label in {**pairs, **dict.fromkeys(voids, IGNORE)}.items():
             table[value] = label
-        for value in (*self.void_values, *(() if IGNORE in pairs else (IGNORE,))):
-            table[value] = IGNORE
         return table
 
     def setup(self, stage: str) -> None:
@@ -310,6 +329,7 @@ class SegmentationDataModule(L.LightningDataModule):
         if stage == "predict" and self.predict_dir is not None:
             nothing = torch.empty(0, dtype=torch.int16)
             self.datasets["predict"] = SegmentationDataset(list_photos(self.predict_dir), nothing)
+            self.look_at_files("predict")
             return
         if not self.class_names:
             raise ValueError(f"{type(self).__name__} knows no classes: name them in data.class_names")
@@ -327,8 +347,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 raise ValueError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
             transform = self.train_transform() if role == "train" else None
             self.datasets[role] = SegmentationDataset(samples, labels, transform, seed)
-            if role != "predict":
-                self.look_at_files(role)
+            self.look_at_files(role)
         share = len(self.datasets["train"]) // self.world_size if stage == "fit" else self.batch_size
         if share < self.batch_size:
             raise ValueError(
@@ -340,9 +359,11 @@ class SegmentationDataModule(L.LightningDataModule):
         """Decode files of a split in threads before any training time is spent, and raise what is wrong with them."""
         dataset = self.datasets[role]
         on_disk = [i for i, sample in enumerate(dataset.samples) if sample.image is not None]
-        if not on_disk or not self.check:
+        if not on_disk or self.check == 0:
             return
-        picked = on_disk[:: -(-len(on_disk) // self.check)]
+        picked = on_disk[:: -(-len(on_disk) // (self.check or len(on_disk)))]
+        if len(picked) > 2000:
+            rank_zero_info(f"looking at {len(picked)} files of '{role}'; data.check: 2000 looks at so many")
 
         def labels_of(index: int) -> set[int]:
             mask = dataset.read(index)[1]
@@ -350,7 +371,7 @@ class SegmentationDataModule(L.LightningDataModule):
 
         with ThreadPoolExecutor(max_workers=max(2, self.num_workers)) as pool:
             seen = set().union(*pool.map(labels_of, picked))
-        if role == "train" and seen == {0, IGNORE} and self.num_classes > 1:
+        if seen == {0, IGNORE} and self.num_classes > 1:
             raise ValueError(
                 f"the masks of {dataset.samples[0].mask} and its split hold 0 and 255 only, and 255 means 'ignored': "
                 "if 255 is your foreground, set data.label_map: {0: 0, 255: 1}"
@@ -365,18 +386,16 @@ class SegmentationDataModule(L.LightningDataModule):
         """Build the loader of a role: train, val, test or predict.
 
         Raises:
-            ValueError: if this process would get no image.
+            ValueError: if there are fewer images than processes.
         """
         dataset, train = self.datasets[role], role == "train"
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = EpochSampler(len(dataset), train, dataset.seed, rank, self.world_size)
-        if len(sampler) == 0:
-            raise ValueError(
-                f"{len(dataset)} images are too few for {self.world_size} processes: process {rank} has none"
-            )
+        if len(dataset) < self.world_size:  # on every process, else the others would wait for the one that has none
+            raise ValueError(f"the split for '{role}' has {len(dataset)} images for {self.world_size} processes")
         return DataLoader(
             dataset,
-            batch_size=self.batch_size if train else self.eval_batch_size,
+            batch_size=self.batch_size if train else 1 if not dataset.has_masks else self.eval_batch_size,
             sampler=sampler,
             drop_last=train,
             num_workers=self.num_workers,

@@ -43,7 +43,7 @@ class CamVid(SegmentationDataModule):
             raise FileNotFoundError(f"data.root {self.root} does not exist: it should hold CamVid's {split}/ folder")
         listing = self.root / f"{split}.txt"
         if listing.is_file():
-            lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
+            lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
             pairs = [[self.root.joinpath(*path.replace("\\", "/").split("/")[-2:]) for path in line] for line in lines]
         else:
             images, masks = files_under(self.root / split), files_under(self.root / f"{split}annot")

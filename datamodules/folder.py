@@ -14,7 +14,8 @@ class Folder(SegmentationDataModule):
 
     Splits are, in this order of preference: folders (``images/train``, ``masks/train``, ...); lists of names
     (``train.txt``, ``val.txt``, ``test.txt`` in the root, one per line, with or without suffix); or fractions, drawn
-    by a hash of the names, so that a file stays in its split when others come or go.
+    by a hash of the names: the same files give the same split on every machine. Lists are the safer choice for a
+    folder that grows.
 
     Args:
         root: folder that holds ``images/`` and ``masks/``.
@@ -48,7 +49,7 @@ class Folder(SegmentationDataModule):
         self.fractions = {"val": val_fraction, "test": test_fraction}
         names = self.root / "classes.txt" if self.root else None
         if class_names is None and names is not None and names.is_file():
-            class_names = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+            class_names = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
         self.class_names = list(class_names or ())
         self.palette = [tuple(colour) for colour in palette or voc_palette(self.num_classes)]
         if len(self.palette) != self.num_classes:
@@ -70,13 +71,14 @@ class Folder(SegmentationDataModule):
             if not listing.is_file():
                 raise FileNotFoundError(f"{self.root} has a train.txt but no {split}.txt")
             by_name = {key: sample for sample in samples for key in (sample.name, file_name(sample, images))}
-            wanted = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+            wanted = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
             unknown = [name for name in wanted if name not in by_name]
             if unknown:
                 raise ValueError(f"{listing} names {unknown[0]}, which is not in {images} ({len(unknown)} such names)")
             return [by_name[name] for name in wanted]
         shuffled = sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
-        val, test = (round(self.fractions[name] * len(samples)) for name in ("val", "test"))
+        shares = (self.fractions[name] for name in ("val", "test"))
+        val, test = (max(round(share * len(samples)), int(share > 0)) for share in shares)
         bounds = {"val": (0, val), "test": (val, val + test), "train": (val + test, len(samples))}
         return sorted(shuffled[slice(*bounds[split])], key=lambda sample: sample.name)
 

@@ -1,7 +1,7 @@
 """SegmentationModule: the loop that every architecture shares. A subclass adds the layers and `score_maps`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -47,7 +47,8 @@ class SegmentationModule(L.LightningModule):
         compile: run `score_maps` through ``torch.compile``.
 
     Raises:
-        ValueError: if `num_classes` is below 1, or mean and std are not one number per channel.
+        ValueError: if `num_classes` is below 1, mean and std are not one number per channel, or an argument is given
+            that another one makes void.
     """
 
     mean: Tensor
@@ -63,7 +64,7 @@ class SegmentationModule(L.LightningModule):
         class_weights: Sequence[float] | None = None,
         optimizer: OptimizerCallable = sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: str = "step",
+        lr_interval: Literal["step", "epoch"] = "step",
         lr_power: float = 0.9,
         warmup_steps: int = 0,
         head_lr_mult: float = 1.0,
@@ -79,6 +80,10 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if not len(mean) == len(std) == in_channels:
             raise ValueError(f"mean and std need one number for each of {in_channels} channels, got {mean} and {std}")
+        if loss is not None and class_weights is not None:
+            raise ValueError("class_weights are for the default loss: give them to the injected loss instead")
+        if lr_scheduler is not None and warmup_steps:
+            raise ValueError("warmup_steps is for the default poly schedule, not for an injected lr_scheduler")
         self.num_classes, self.in_channels = num_classes, in_channels
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
@@ -88,7 +93,8 @@ class SegmentationModule(L.LightningModule):
         self.head_lr_mult, self.bias_lr_mult, self.bias_weight_decay = head_lr_mult, bias_lr_mult, bias_weight_decay
         self.freeze_bn, self.channels_last, self.compile_network = freeze_bn, channels_last, compile
         self.class_names = [str(label) for label in range(max(2, num_classes))]
-        self.palette: list[list[int]] = []
+        self.palette = [[37 * k % 256, 91 * k % 256, 173 * k % 256] for k in range(max(2, num_classes))]
+        self.knows_classes = False  # names and colours are the data's or a checkpoint's
         self.confusion = MulticlassConfusionMatrix(max(2, num_classes), ignore_index=IGNORE, validate_args=False)
         self.mean_loss = MeanMetric()  # over labelled pixels; both are of the split that is being evaluated
 
@@ -135,8 +141,8 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"the image has {image.shape[1]} channels, the model has in_channels {self.in_channels}")
         full_scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
         order = torch.channels_last if self.channels_last else torch.contiguous_format
-        image = image.to(device=self.mean.device, dtype=self.mean.dtype, memory_format=order)
-        return (image / full_scale - self.mean) / self.std
+        image = image.to(device=self.mean.device, dtype=torch.float32, memory_format=order)  # 65535 overflows in half
+        return ((image / full_scale - self.mean.float()) / self.std.float()).to(self.mean.dtype)
 
     def labels(self, probs: Tensor) -> Tensor:
         """The most probable class per pixel: ``(N, K, H, W)`` to int64 ``(N, H, W)``."""
@@ -156,7 +162,9 @@ class SegmentationModule(L.LightningModule):
                     f"({', '.join(data.class_names)}): set model.num_classes to {data.num_classes}"
                 )
             self.class_names = [str(name) for name in data.class_names]
-            self.palette = [[int(value) for value in colour] for colour in data.palette]
+            if len(data.palette) == data.num_classes:
+                self.palette = [[int(value) for value in colour] for colour in data.palette]
+            self.knows_classes = True
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.compile_network and "score_maps" not in self.__dict__:
@@ -205,7 +213,8 @@ class SegmentationModule(L.LightningModule):
         mask = batch["mask"]
         logits = resize(self(self.preprocess(batch["image"])), mask.shape[-2:])
         loss = self.loss(logits, mask)
-        self.mean_loss.update(loss, weight=(mask != IGNORE).sum())
+        weight = self.loss.weight(mask) if isinstance(self.loss, CrossEntropy) else mask != IGNORE
+        self.mean_loss.update(loss, weight=weight.sum())
         self.confusion.update(self.labels(self.probabilities(logits)), mask)
         return {"loss": loss, "logits": logits}
 
@@ -289,7 +298,10 @@ class SegmentationModule(L.LightningModule):
             if steps == float("inf"):
                 raise ValueError("the poly schedule needs an end: set trainer.max_epochs or trainer.max_steps")
             schedule, interval = torch.optim.lr_scheduler.LambdaLR(optimizer, self.poly(int(steps))), "step"
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": interval, "monitor": "val/miou"},
+        }
 
     def poly(self, steps: int) -> Any:
         """The factor on the learning rate as a function of the optimizer step, 0 to ``steps``."""
@@ -334,7 +346,7 @@ class SegmentationModule(L.LightningModule):
             differ = [f"{k} {theirs.get(k)} there, {ours.get(k)} here" for k in ours if theirs.get(k) != ours.get(k)]
             layer = min(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key))
             raise ValueError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
-        if saved is not None and not self.palette:
+        if saved is not None and not self.knows_classes:
             self.class_names, self.palette = saved["class_names"], saved["palette"]
 
 

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlparse
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -37,7 +39,7 @@ class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder, and nowhere when there is none."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.loggers:
+        if isinstance(trainer.logger, CSVLogger):  # the first logger, whose folder is the run's
             super().setup(trainer, pl_module, stage)
 
 
@@ -90,7 +92,7 @@ class CLI(LightningCLI):
         if checkpoint is None or history is None or not history.is_file():
             return
         steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        with history.open(newline="") as file:
+        with history.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
@@ -122,23 +124,44 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
 def newest_checkpoint(folder: Path | None, name: str) -> str:
     """The ``last`` or ``best`` checkpoint of the newest run in a folder of versions.
 
+    A resumed run begins its search for the best anew, so the best of the runs that it went on from counts too.
+
     Raises:
         FileNotFoundError: if no run has left one.
     """
-    found = sorted(folder.glob(f"version_*/checkpoints/{name}.ckpt"), key=lambda p: p.stat().st_mtime) if folder else []
+    found = sorted(folder.glob(f"*/checkpoints/{name}.ckpt"), key=lambda p: p.stat().st_mtime) if folder else []
     if not found:
         where = folder or "a config without a CSVLogger"
         raise FileNotFoundError(f"--ckpt_path {name}: no run in {where} has left a {name}.ckpt")
-    return str(found[-1])
+    chain, path = [], found[-1] if name == "best" else None
+    while path is not None and path not in chain:
+        chain.append(path)
+        path = parent_best(path)
+    existing = [path for path in chain if path.is_file()]
+    return str(max(existing, key=best_score) if len(existing) > 1 else found[-1])
+
+
+def parent_best(checkpoint: Path) -> Path | None:
+    """The ``best.ckpt`` of the run that this checkpoint's run went on from."""
+    config = checkpoint.parent.parent / "config.yaml"
+    resumed = yaml.safe_load(config.read_text(encoding="utf-8")).get("ckpt_path") if config.is_file() else None
+    return Path(resumed).parent / "best.ckpt" if resumed else None
+
+
+def best_score(checkpoint: Path) -> float:
+    """The monitored score that a ``best.ckpt`` was saved for."""
+    states = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"].values()
+    return max(float(s["best_model_score"]) for s in states if s.get("best_model_score") is not None)
 
 
 def has_wandb_key() -> bool:
     """Whether W&B is set up or told what to do: by its environment variables or by ``wandb login``."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
         return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     for name in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc"):
         try:
-            if netrc.netrc(os.path.expanduser(name)).authenticators("api.wandb.ai"):
+            if netrc.netrc(os.path.expanduser(name)).authenticators(host):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue

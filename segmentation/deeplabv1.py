@@ -7,6 +7,7 @@ Nets and Fully Connected CRFs", ICLR 2015, arXiv 1412.7062.
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import vgg16_imagenet, vgg_stage
@@ -31,11 +32,11 @@ class DeepLabV1(SegmentationModule):
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``; score maps have ``ceil(H / 8) x ceil(W / 8)``.
 
-    Differs from the paper: scores are upsampled with ``align_corners=False``; Caffe's layer aligns corners, which is
-    the same only up to an eighth of a pixel's shift at inputs of 8k + 1. The average pooling divides by 9 everywhere.
+    Differs from the paper: sizes other than 8k + 1 repeat the last row and column of scores; the average pooling
+    divides by 9 everywhere; batch 20 of the paper, while its released solver has 30.
 
     Raises:
-        ValueError: for another padding or kind of dropout.
+        ValueError: for another padding or kind of dropout, or ImageNet weights with other than three channels.
     """
 
     def __init__(
@@ -89,6 +90,16 @@ class DeepLabV1(SegmentationModule):
         x = self.drop7(self.relu(self.fc7(x)))
         return {"main": self.fc8(x)}
 
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits at the image's size: score j lies at pixel 8 j, as in the loss and in Caffe's interpolation."""
+        if self.fc7_padding:
+            return super().forward(image)
+        height, width = image.shape[-2:]
+        scores = self.score_maps(image)["main"]  # (N, K, ceil(H / 8), ceil(W / 8))
+        grid = [8 * (side - 1) + 1 for side in scores.shape[-2:]]
+        scores = F.interpolate(scores, size=grid, mode="bilinear", align_corners=True)
+        return F.pad(scores, [0, width - grid[1], 0, height - grid[0]], mode="replicate")
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy at stride 8 against every eighth label (section 4.2)."""
         if self.fc7_padding:
@@ -102,6 +113,8 @@ class DeepLabV1(SegmentationModule):
 
     def load_imagenet(self) -> None:
         """Take VGG-16's convolutions, and a random quarter of fc6 (every third tap of 7x7) and fc7 (section 3.1)."""
+        if self.in_channels != 3:
+            raise ValueError(f"ImageNet weights are for 3 channels, the model has in_channels {self.in_channels}")
         state = vgg16_imagenet()
         stages = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
         convs = [layer for stage in stages for layer in stage if isinstance(layer, nn.Conv2d)]

@@ -81,7 +81,9 @@ class DeepLabV3(SegmentationModule):
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
     Differs from the paper, as torchvision does: no multi-grid; a further 3x3 convolution after ASPP; Dropout; an
-    auxiliary head; for MobileNetV3 the rates of stride 8 at stride 16.
+    auxiliary head; batch norm's statistics decay by 0.9 a step instead of 0.9997; for MobileNetV3 the rates of stride
+    8 at stride 16. The output stride is the same in training and evaluation, and there is no second stage with frozen
+    batch norm.
 
     Raises:
         ValueError: for an unknown backbone, or an output stride that it does not have.

@@ -37,10 +37,15 @@ class CrossEntropy(nn.Module):
             loss = F.binary_cross_entropy_with_logits(logits[:, 0], target.float(), reduction="none")
         else:
             loss = F.cross_entropy(logits, target, reduction="none")
-        weight = valid.float()  # (N, H, W)
-        if self.class_weights is not None:
-            classes = max(2, logits.shape[1])
-            if len(self.class_weights) != classes:
-                raise ValueError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
-            weight = weight * self.class_weights[target]
+        classes = max(2, logits.shape[1])
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ValueError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
+        weight = self.weight(mask)
         return (loss * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def weight(self, mask: Tensor) -> Tensor:
+        """The weight of each pixel in the mean: its class's, 0 where ignored. ``(N, H, W)`` float."""
+        valid = mask != IGNORE
+        if self.class_weights is None:
+            return valid.float()
+        return self.class_weights[mask.masked_fill(~valid, 0)] * valid

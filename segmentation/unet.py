@@ -96,6 +96,9 @@ class UNet(SegmentationModule):
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
+    Differs from the paper: no weight map in the loss; large images are not tiled but taken whole, mirrored at their
+    borders; transposed convolutions keep torch's initialisation.
+
     Raises:
         ValueError: for an unknown padding or way up, or a valid network with `pixel_shuffle`.
     """

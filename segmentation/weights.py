@@ -55,9 +55,10 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str, h
         ValueError: if any other key is missing, unknown or of another shape; the message lists them.
     """
     own = network.state_dict()
-    optional = ("num_batches_tracked", "mean", "std")
+    state = {key: value for key, value in state.items() if key not in ("mean", "std")}  # they stay as configured
     fit = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    left = [key for key in {**state, **own} if key not in fit and not key.endswith(optional)]
+    optional = [key for key in own if key in ("mean", "std") or key.endswith("num_batches_tracked")]
+    left = [key for key in {**state, **own} if key not in fit and key not in optional]
     fresh = [prefix for prefix in heads if any(key.startswith(prefix) for key in left)]
     wrong = [key for key in left if not key.startswith(tuple(fresh))] if fresh else left
     if wrong:

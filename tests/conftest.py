@@ -60,7 +60,7 @@ trainer:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {{monitor: val/miou, mode: max, filename: best}}
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {{filename: last}}
+      init_args: {{filename: last, save_on_train_epoch_end: true}}
     - class_path: segmentation.callbacks.PredictionLogger
     - class_path: segmentation.callbacks.Report
 model:

@@ -101,6 +101,14 @@ def test_weights_of_another_class_count_leave_the_head_fresh(tmp_path, caplog):
     assert ours.classifier[4].weight.shape[0] == 4
 
 
+def test_missing_batch_norm_statistics_are_not_passed_over(tmp_path):
+    state = PEERS["resnet50"](weights=None, weights_backbone=None, num_classes=21).state_dict()
+    del state["backbone.bn1.running_mean"]
+    torch.save(state, tmp_path / "peer.pth")
+    with pytest.raises(ValueError, match=r"backbone.bn1.running_mean: absent in the file"):
+        DeepLabV3(21, weights=str(tmp_path / "peer.pth"))
+
+
 def test_weights_of_another_network_are_refused_with_keys_and_shapes(tmp_path):
     torch.save(resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"do not fit: conv1.weight: \(64, 3, 7, 7\) in the file, absent"):
@@ -234,6 +242,21 @@ def test_deeplabv1_loss_uses_every_eighth_label():
     picked = torch.tensor([[mask[0, 8 * i, 8 * j] for j in range(7)] for i in range(6)])[None]
     loss = model.losses({"image": image, "mask": mask})["main"]
     torch.testing.assert_close(loss, F.cross_entropy(scores, picked))
+
+
+@pytest.mark.parametrize("size", [(41, 49), (40, 44)])
+def test_deeplabv1_puts_score_j_at_pixel_8j_as_its_loss_does(size):
+    """Scores that equal their own position come out as a ramp over the pixels."""
+    model = DeepLabV1(2).eval()
+    height, width = (-(-side // 8) for side in size)
+    ramp = torch.stack(
+        [8.0 * torch.arange(width).expand(height, width), 8.0 * torch.arange(height)[:, None].expand(height, width)]
+    )
+    model.score_maps = lambda image: {"main": ramp[None]}
+    logits = model(torch.zeros(1, 3, *size))
+    assert logits.shape == (1, 2, *size)
+    torch.testing.assert_close(logits[0, 0, 0], torch.arange(size[1]).clamp(max=8 * (width - 1)).float())
+    torch.testing.assert_close(logits[0, 1, :, 0], torch.arange(size[0]).clamp(max=8 * (height - 1)).float())
 
 
 def test_pixel_shuffle_keeps_every_pixel():

@@ -120,6 +120,15 @@ def test_two_processes_validate_seven_images_exactly(trained, tree, tmp_path):
         assert float(runs[1][key]) == pytest.approx(float(runs[2][key]), rel=1e-5), key
 
 
+def test_two_processes_predict_every_photo_once(trained, photos, tmp_path):
+    folder, sizes = photos
+    checkpoint = trained / "logs/config/version_0/checkpoints/best.ckpt"
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    succeed("predict", "--ckpt_path", checkpoint, "--data.predict_dir", folder, *devices, cwd=tmp_path)
+    lines = [json.loads(line)["name"] for line in (tmp_path / "predictions/predictions.jsonl").read_text().splitlines()]
+    assert sorted(lines) == sorted(sizes)
+
+
 def test_two_processes_train_and_agree(tree, tmp_path):
     file = config(tmp_path, tree)
     succeed("fit", "--config", file, "--trainer.devices", 2, "--trainer.strategy", "ddp", cwd=tmp_path)
@@ -157,6 +166,11 @@ def test_last_goes_on_after_sigkill_in_the_middle_of_an_epoch(tree, tmp_path):
     old = [row["val/miou"] for row in rows(first) if row["val/miou"]][: steps // 3]
     assert [row["val/miou"] for row in rows(second) if row["val/miou"]][: steps // 3] == old
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == before  # the first run is untouched
+
+    succeed("validate", "--config", file, "--ckpt_path", "best", cwd=tmp_path)  # the best of both parts of the run
+    again = float(rows(tmp_path / "logs/config/version_2")[-1]["val/miou"])
+    seen = column(first, "val/miou") + column(second, "val/miou")[steps // 3 :]
+    assert again == pytest.approx(max(seen), rel=1e-5)
 
 
 def test_last_without_an_earlier_run_is_an_error(tree, tmp_path):

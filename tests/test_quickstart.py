@@ -69,7 +69,8 @@ def train(network: nn.Module) -> float:
     network = network.to(memory_format=torch.channels_last)
     settings = config["model"]["init_args"]["optimizer"]["init_args"]
     optimizer = torch.optim.AdamW(network.parameters(), **settings)
-    steps = config["trainer"]["max_epochs"] * (2000 // 4)
+    settings = config["data"]["init_args"]
+    steps = config["trainer"]["max_epochs"] * (settings["num_train"] // settings["batch_size"])
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, 0.9)
     loader = data.train_dataloader()
     for epoch in count():

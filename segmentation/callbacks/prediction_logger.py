@@ -19,7 +19,7 @@ class PredictionLogger(L.Callback):
 
     Args:
         num_images: how many, spread evenly over the split, the same ones each time.
-        every_n_epochs: draw at every n-th validation epoch.
+        every_n_epochs: in `fit`, draw at validations of every n-th training epoch.
 
     Raises:
         ValueError: if a number is below 1.
@@ -34,7 +34,9 @@ class PredictionLogger(L.Callback):
         self.seen = 0
 
     def _keep(self, trainer: L.Trainer, module: SegmentationModule, outputs: Any, batch: Any, loader: Any) -> None:
-        if not trainer.is_global_zero or trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         count = len(loader.sampler)
         wanted = {round(i * (count - 1) / max(1, self.num_images - 1)) for i in range(self.num_images)}

@@ -48,7 +48,7 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("every process has looked")
         if trainer.is_global_zero:
             listing.parent.mkdir(parents=True, exist_ok=True)
-            listing.write_text("")
+            listing.write_text("", encoding="utf-8")
         trainer.strategy.barrier("the list is empty")
 
     def write_on_batch_end(
@@ -73,7 +73,7 @@ class PredictionWriter(BasePredictionWriter):
             parts = (round(count / labels.numel(), 6) for count in counts.tolist())
             shares = dict(zip(pl_module.class_names, parts, strict=True))
             line = {"name": name, "height": labels.shape[0], "width": labels.shape[1], "shares": shares}
-            with (self.output_dir / "predictions.jsonl").open("a") as file:
+            with (self.output_dir / "predictions.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

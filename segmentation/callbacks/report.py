@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from rich.box import ASCII2
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,8 @@ class Report(L.Callback):
             return
         loggers[0].save()
         folder = Path(loggers[0].log_dir)
+        if not (folder / "metrics.csv").is_file():
+            return  # a run shorter than the logging interval
         draw_curves(folder / "metrics.csv", folder / "curves.png")
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
         paths = {"checkpoint": best.best_model_path} if best and best.best_model_path else {}
@@ -43,7 +46,10 @@ class Report(L.Callback):
         if not trainer.is_global_zero:
             return
         values = {key.removeprefix(f"{split}/"): float(value) for key, value in trainer.callback_metrics.items()}
-        table = Table("class", "IoU", title=f"{split}, per class")
+        title = split
+        if split == "test" and trainer.datamodule is not None:  # type: ignore[attr-defined]
+            title = f"test on split '{trainer.datamodule.test_split}'"  # type: ignore[attr-defined]
+        table = Table("class", "IoU", title=title, box=ASCII2)
         for name in pl_module.class_names:
             iou = values[f"iou/{name}"]
             table.add_row(name, "does not occur" if iou != iou else f"{iou:.3f}")
@@ -63,7 +69,7 @@ class Report(L.Callback):
         text.write(lines({name: path for name, path in paths.items() if Path(path).is_file()}))
         print("\n" + text.getvalue())
         if folder is not None:
-            (folder / "report.txt").write_text(text.getvalue() + "\n")
+            (folder / "report.txt").write_text(text.getvalue() + "\n", encoding="utf-8")
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
