@@ -223,7 +223,18 @@ def test_camvid_takes_the_place_of_a_folder_config(tmp_path):
         lines = [f"/SegNet/CamVid/{split}/{name} /SegNet/CamVid/{split}annot/{name}" for name in names]
         (camvid / f"{split}.txt").write_text("\n".join(lines) + "\n")
     command = ["fit", "--config", PROJECT / "configs/unet_camvid_cpu.yaml", "--data", "CamVid", "--data.root", camvid]
-    small = ["--trainer.max_epochs", 1, "--data.batch_size", 2, "--model.base_channels", 4, "--data.num_workers", 0]
+    small = [
+        "--trainer.max_epochs",
+        1,
+        "--trainer.check_val_every_n_epoch",
+        1,
+        "--data.batch_size",
+        2,
+        "--model.base_channels",
+        4,
+        "--data.num_workers",
+        0,
+    ]
     where = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", tmp_path / "logs"]
     succeed(*command, *small, *where, "--trainer.precision", "32-true", cwd=tmp_path)
     run = tmp_path / "logs/lightning_logs/version_0"
