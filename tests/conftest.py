@@ -92,7 +92,8 @@ data:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "COLUMNS": "200"}
 for variable in ("WANDB_API_KEY", "WANDB_MODE", "PL_GLOBAL_SEED"):
     ENVIRONMENT.pop(variable, None)
-COMMAND = [sys.executable, "-m", "segmentation"]
+SCRIPT = Path(sys.executable).with_name("lightning")  # as `pip install -e .` makes it
+COMMAND = [str(SCRIPT)] if SCRIPT.is_file() else [sys.executable, "-m", "segmentation"]
 
 
 def lightning(*args: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
