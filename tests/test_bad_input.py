@@ -90,10 +90,12 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    base = tmp_path_factory.mktemp("bad")
+
     def run(item):
         name, (spoil, replace, args, _) = item
-        folder = tmp_path_factory.mktemp("bad")
-        root = draw_tree(folder / "tree")
+        folder = base / name.replace(" ", "_")
+        root = draw_tree(folder / "tree")  # makes the folder too
         if spoil is not None:
             spoil(root)
         replace = dict(replace)
