@@ -14,7 +14,7 @@ $(VENV)/installed: requirements.txt setup.cfg
 	$(BIN)/python -m pip install --quiet -r $(VENV)/without_crf.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@$(BIN)/python -m pip install --quiet 'pydensecrf2>=1.1' 2> $(VENV)/crf.log \
-		|| echo 'pydensecrf2 did not build (it needs g++, see $(VENV)/crf.log): all but the DenseCRF callback works'
+		|| echo 'pydensecrf2 did not build (it needs g++, see $(VENV)/crf.log): everything but DenseCRF works'
 	@touch $@
 
 quickstart: install
