@@ -323,8 +323,8 @@ class SegmentationDataModule(L.LightningDataModule):
 
         Raises:
             FileNotFoundError: if a folder or file is missing.
-            ValueError: if a split is empty or smaller than one batch, a class appears in no mask of a two-class set
-                stored as 0 and 255, or a file is bad; the message names it.
+            ValueError: if a split is empty or smaller than one batch, the training masks hold 0 and 255 only, or a
+                file is bad; the message names it.
         """
         if stage == "predict" and self.predict_dir is not None:
             nothing = torch.empty(0, dtype=torch.int16)
@@ -371,7 +371,7 @@ class SegmentationDataModule(L.LightningDataModule):
 
         with ThreadPoolExecutor(max_workers=max(2, self.num_workers)) as pool:
             seen = set().union(*pool.map(labels_of, picked))
-        if seen == {0, IGNORE} and self.num_classes > 1:
+        if role == "train" and seen == {0, IGNORE} and self.num_classes > 1:  # nothing to learn; elsewhere it may be so
             raise ValueError(
                 f"the masks of {dataset.samples[0].mask} and its split hold 0 and 255 only, and 255 means 'ignored': "
                 "if 255 is your foreground, set data.label_map: {0: 0, 255: 1}"
