@@ -93,12 +93,14 @@ def test_deeplabv3_training_gives_torchvisions_main_and_aux_scores(tmp_path):
     torch.testing.assert_close(terms["aux"], 0.5 * F.cross_entropy(theirs["aux"], mask), atol=1e-4, rtol=0)
 
 
-def test_weights_of_another_class_count_leave_the_head_fresh(tmp_path, caplog):
+def test_weights_of_another_class_count_leave_the_head_fresh(tmp_path, caplog, capsys):
     peer = PEERS["resnet50"](weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
     torch.save({"state_dict": peer.state_dict()}, tmp_path / "peer.pth")
     ours = DeepLabV3(4, weights=str(tmp_path / "peer.pth"))
     torch.testing.assert_close(ours.classifier[1].weight, peer.classifier[1].weight)
     assert ours.classifier[4].weight.shape[0] == 4
+    said = capsys.readouterr().err + caplog.text
+    assert "classifier.4., aux_classifier. left out" in said
 
 
 def test_missing_batch_norm_statistics_are_not_passed_over(tmp_path):
