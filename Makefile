@@ -25,10 +25,10 @@ quickstart: install
 	@cat "$$(ls -t logs/quickstart/version_*/report.txt | head -n 1)"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 check: install
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ class SegmentationModule(L.LightningModule):
         in_channels: channels of the image.
         mean: per channel, of pixels scaled to 0..1; a buffer, so checkpoints carry it. Default: ImageNet's RGB.
         std: likewise.
+        bgr: show the network blue first, as weights from Caffe need; mean and std stay in the image's order.
         loss: takes (logits, mask); None is `CrossEntropy` with `class_weights`.
         class_weights: one factor per class for the default loss.
         optimizer: takes parameter groups; the groups' own ``lr_mult`` scales its learning rate.
@@ -42,6 +43,7 @@ class SegmentationModule(L.LightningModule):
         head_lr_mult: factor on the learning rate of `heads`; 10 in DeepLab.
         bias_lr_mult: factor on that of convolution biases, on top of the head's; 2 in Caffe recipes.
         bias_weight_decay: weight decay of convolution biases; None leaves the optimizer's, 0 in Caffe recipes.
+        norm_weight_decay: weight decay of normalisation layers and embeddings; 0 in MaskFormer.
         freeze_bn: keep batch norm at its loaded statistics, and its scale and shift out of the optimizer.
         channels_last: store images and weights with channels innermost, the faster order on CPUs and tensor cores.
         compile: run `score_maps` through ``torch.compile``.
@@ -60,6 +62,7 @@ class SegmentationModule(L.LightningModule):
         in_channels: int = 3,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
+        bgr: bool = False,
         loss: nn.Module | None = None,
         class_weights: Sequence[float] | None = None,
         optimizer: OptimizerCallable = sgd,
@@ -70,6 +73,7 @@ class SegmentationModule(L.LightningModule):
         head_lr_mult: float = 1.0,
         bias_lr_mult: float = 1.0,
         bias_weight_decay: float | None = None,
+        norm_weight_decay: float | None = None,
         freeze_bn: bool = False,
         channels_last: bool = True,
         compile: bool = False,
@@ -84,13 +88,14 @@ class SegmentationModule(L.LightningModule):
             raise ValueError("class_weights are for the default loss: give them to the injected loss instead")
         if lr_scheduler is not None and warmup_steps:
             raise ValueError("warmup_steps is for the default poly schedule, not for an injected lr_scheduler")
-        self.num_classes, self.in_channels = num_classes, in_channels
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.num_classes, self.in_channels, self.bgr = num_classes, in_channels, bgr
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.loss = loss or CrossEntropy(class_weights)
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.lr_power, self.warmup_steps = lr_power, warmup_steps
-        self.head_lr_mult, self.bias_lr_mult, self.bias_weight_decay = head_lr_mult, bias_lr_mult, bias_weight_decay
+        self.head_lr_mult, self.bias_lr_mult = head_lr_mult, bias_lr_mult
+        self.weight_decays = {"bias": bias_weight_decay, "norm": norm_weight_decay}
         self.freeze_bn, self.channels_last, self.compile_network = freeze_bn, channels_last, compile
         self.class_names = [str(label) for label in range(max(2, num_classes))]
         self.palette = [[37 * k % 256, 91 * k % 256, 173 * k % 256] for k in range(max(2, num_classes))]
@@ -118,9 +123,18 @@ class SegmentationModule(L.LightningModule):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms whose sum is optimised, each at the mask's size."""
-        mask = batch["mask"]
         maps = self.score_maps(self.preprocess(batch["image"]))
-        return {name: self.loss(resize(scores, mask.shape[-2:]), mask) for name, scores in maps.items()}
+        return {name: self.criterion(scores, batch) for name, scores in maps.items()}
+
+    def criterion(self, scores: Tensor, batch: Batch) -> Tensor:
+        """The loss of score maps ``(N, K, h, w)`` brought to the mask's size, weighed by a batch's ``weight``."""
+        logits = resize(scores, batch["mask"].shape[-2:])
+        weight = (batch["weight"],) if "weight" in batch else ()
+        return self.loss(logits, batch["mask"], *weight)
+
+    def evaluation_loss(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """The loss that validation and test report for logits at the mask's size."""
+        return self.loss(logits, mask)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over classes, or sigmoid of one logit: ``(N, num_classes, H, W)``."""
@@ -142,7 +156,8 @@ class SegmentationModule(L.LightningModule):
         full_scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
         order = torch.channels_last if self.channels_last else torch.contiguous_format
         image = image.to(device=self.mean.device, dtype=torch.float32, memory_format=order)  # 65535 overflows in half
-        return ((image / full_scale - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+        image = ((image / full_scale - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+        return image.flip(1) if self.bgr else image
 
     def labels(self, probs: Tensor) -> Tensor:
         """The most probable class per pixel: ``(N, K, H, W)`` to int64 ``(N, H, W)``."""
@@ -212,7 +227,7 @@ class SegmentationModule(L.LightningModule):
     def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
         mask = batch["mask"]
         logits = resize(self(self.preprocess(batch["image"])), mask.shape[-2:])
-        loss = self.loss(logits, mask)
+        loss = self.evaluation_loss(logits, mask)
         weight = self.loss.weight(mask) if isinstance(self.loss, CrossEntropy) else mask != IGNORE
         self.mean_loss.update(loss, weight=weight.sum())
         self.confusion.update(self.labels(self.probabilities(logits)), mask)
@@ -261,24 +276,26 @@ class SegmentationModule(L.LightningModule):
         """Sort trainable parameters into groups for the optimizer.
 
         Returns:
-            up to four groups, weights and biases of the backbone and of `heads`, each with ``name``, ``params`` and
-            ``lr_mult``, and with ``weight_decay`` where it differs from the optimizer's. Biases are those of
-            convolutions and linear layers; frozen batch norm is in no group.
+            up to six groups, weights, biases and norms of the backbone and of `heads`, each with ``name``, ``params``
+            and ``lr_mult``, and with ``weight_decay`` where it differs from the optimizer's. Biases are those of
+            convolutions and linear layers, norms include embeddings; frozen batch norm is in no group.
         """
+        normalising = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
         frozen = {id(p) for norm in self._frozen() for p in norm.parameters()}
         in_head = {id(p) for head in self.heads() for p in head.parameters()}
-        norms = {id(p) for m in self.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for p in m.parameters()}
+        norms = {id(p) for m in self.modules() if isinstance(m, normalising) for p in m.parameters()}
         groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad or id(parameter) in frozen:
                 continue
-            head, bias = id(parameter) in in_head, name.endswith("bias") and id(parameter) not in norms
-            key = f"{'head' if head else 'backbone'}_{'bias' if bias else 'weight'}"
+            head = id(parameter) in in_head
+            kind = "norm" if id(parameter) in norms else "bias" if name.endswith("bias") else "weight"
+            key = f"{'head' if head else 'backbone'}_{kind}"
             if key not in groups:
-                mult = (self.head_lr_mult if head else 1.0) * (self.bias_lr_mult if bias else 1.0)
+                mult = (self.head_lr_mult if head else 1.0) * (self.bias_lr_mult if kind == "bias" else 1.0)
                 groups[key] = {"name": key, "params": [], "lr_mult": mult}
-                if bias and self.bias_weight_decay is not None:
-                    groups[key]["weight_decay"] = self.bias_weight_decay
+                if self.weight_decays.get(kind) is not None:
+                    groups[key]["weight_decay"] = self.weight_decays[kind]
             groups[key]["params"].append(parameter)
         return list(groups.values())
 

@@ -1,4 +1,4 @@
-"""The command ``lightning {fit,validate,test,predict} --config FILE``: a LightningCLI with plain errors."""
+"""The command ``lightning {fit,validate,test,predict,...} --config FILE``: a LightningCLI with plain errors."""
 
 import argparse
 import csv
@@ -16,13 +16,14 @@ from urllib.parse import urlparse
 import lightning as L
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import datamodules
 import segmentation
-from segmentation import callbacks
+from segmentation import callbacks, receptive_field
 from segmentation.messages import plain, sentence
 
 
@@ -31,7 +32,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         classes = [getattr(m, name) for m in (segmentation, datamodules, callbacks) for name in m.__all__]
-        sys.stderr.write(f"error: {plain(message, classes)}\n")
+        sys.stderr.write(f"error: {plain(message, classes, COMMANDS)}\n")
         raise SystemExit(2)
 
 
@@ -43,8 +44,66 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class Trainer(L.Trainer):
+    """Lightning's trainer and commands of our own, which train nothing and log nothing.
+
+    Each is a method whose arguments are the command's, and a line in `COMMANDS` and `NEEDS`.
+    """
+
+    def receptive_field(
+        self,
+        model: segmentation.SegmentationModule | None = None,
+        ckpt_path: str | None = None,
+        layers: list[str] | None = None,
+        image: str | None = None,
+        size: int | list[int] | None = None,
+        stages: list[str] | None = None,
+        output_dir: str = "receptive_field",
+        weights_only: bool | None = None,
+    ) -> None:
+        """Says what one output pixel sees, in theory and in effect, as a table and a picture.
+
+        Args:
+            model: the network; none is needed with `layers`.
+            ckpt_path: compare the network as initialised with the trained one of this checkpoint.
+            layers: a plain chain instead of a network, such as [conv3, pool2s2, conv3d2]: kernel, stride s, dilation d,
+                padding p.
+            image: a picture to look at; without one, noise.
+            size: side in pixels, or [height, width], to which the image is resized.
+            stages: modules to show, such as [pool5.0, pool5, logits]; without, the main ones.
+            output_dir: folder for the picture.
+            weights_only: stands in the config.yaml of a run, and changes nothing: checkpoints are always read so.
+        """
+        if layers is not None:
+            receptive_field.analyse_layers(layers, size, Path(output_dir))
+        elif model is not None:
+            device = self.strategy.root_device
+            receptive_field.analyse_network(model, ckpt_path, image, size, stages or (), device, Path(output_dir))
+
+
+COMMANDS = (Trainer.receptive_field,)  # our own
+NEEDS = {  # what a command cannot do without; what it does not name is left out of its config
+    **dict.fromkeys(("fit", "validate", "test", "predict"), ("model", "data")),
+    "receptive_field": ("model",),
+}
+
+
 class CLI(LightningCLI):
     """Architectures as ``--model``, data sets as ``--data``, and checkpoints that know what they are."""
+
+    def __init__(self, model_class: type, datamodule_class: type, **kwargs: Any) -> None:
+        super().__init__(model_class, datamodule_class, trainer_class=Trainer, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands and ours, with the arguments that do not come from the command line."""
+        return LightningCLI.subcommands() | {command.__name__: {"model", "datamodule"} for command in COMMANDS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``--trainer``, ``--model`` and ``--data``; which of them a command needs, `NEEDS` says."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(segmentation.SegmentationModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(datamodules.SegmentationDataModule, "data", subclass_mode=True, required=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """``--writer.output_dir`` and ``--writer.overwrite`` for `predict`; after all callbacks of the config."""
@@ -53,6 +112,16 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the model taken from the checkpoint where the command names none."""
         self.config = parser.parse_args(with_checkpoint_model(list(sys.argv[1:] if args is None else args)))
+        config = self.config[self.config.subcommand]
+        needs = () if config.get("layers") else NEEDS[self.config.subcommand]
+        for part, example in (
+            ("model", "an architecture with --model CLASS"),
+            ("data", "a data set with --data CLASS"),
+        ):
+            if part not in needs:
+                config[part] = None
+            elif config[part] is None:
+                parser.error(f"no {part} given: name a config with --config FILE, or {example}")
 
     def before_instantiate_classes(self) -> None:
         """Settle what depends on earlier runs and on the W&B key, before anything is built."""
@@ -73,12 +142,15 @@ class CLI(LightningCLI):
         if config.ckpt_path and "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
             raise FileNotFoundError(f"the checkpoint {config.ckpt_path} does not exist")
         if config.ckpt_path and config.model is not None and "weights" in config.model.init_args:
-            config.model.init_args.weights = None  # the checkpoint holds them
+            take_from_checkpoint(config.model.init_args, config.ckpt_path)
         if self.subcommand in ("validate", "test") and any(
             "Report" in c.class_path for c in config.trainer.callbacks or []
         ):
             config.verbose = False  # one table is enough
-        if self.subcommand == "predict":
+        if self.subcommand in {command.__name__ for command in COMMANDS}:
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+            config.trainer = Namespace(accelerator=config.trainer.accelerator, devices=1, callbacks=None, **quiet)
+        elif self.subcommand == "predict":
             config.trainer.logger, config.return_predictions = False, False
         elif any(logger.class_path.endswith("WandbLogger") for logger in loggers) and not has_wandb_key():
             os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"] = "offline", "true"
@@ -107,7 +179,7 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
         look.add_argument(name, *(["-c"] if name == "--config" else []))
     known, _ = look.parse_known_args(args)
     path = known.ckpt_path
-    if not args or args[0] not in ("validate", "test", "predict") or known.model or known.config or not path:
+    if not args or args[0] not in NEEDS or args[0] == "fit" or known.model or known.config or not path:
         return args
     if path in ("last", "best"):
         return args  # known once the config is
@@ -119,6 +191,17 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
     model = json.dumps({"class_path": saved["class_path"], "init_args": saved["init_args"]})
     data = ["--data", "Folder"] if args[0] == "predict" and not known.data else []
     return [args[0], "--model", model, *data, *args[1:]]
+
+
+def take_from_checkpoint(init_args: Any, path: str) -> None:
+    """Leave weights to the checkpoint, with what they made of arguments that were None: null is what they need."""
+    init_args.weights = None
+    if "://" in path:
+        return
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
+    for key, value in (saved["init_args"] if saved else {}).items():
+        if init_args.get(key, 0) is None:
+            init_args[key] = value
 
 
 def newest_checkpoint(folder: Path | None, name: str) -> str:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import segmentation as published
 
-from .backbones import MobileNetV3Large, ResNet
+from .backbones import Bottleneck, MobileNetV3Large, ResNet
 from .base import Batch, SegmentationModule
-from .weights import download, load_weights, read_weights
+from .weights import Weights, download, load_weights, read_weights
 
 
 def conv_bn_relu(in_channels: int, channels: int, kernel_size: int = 1, dilation: int = 1) -> list[nn.Module]:
@@ -65,70 +65,126 @@ class ASPP(nn.Module):
         return self.project(torch.cat([branch(features) for branch in self.convs], dim=1))
 
 
+class CascadedModules(nn.Sequential):
+    """block5, block6 and block7: copies of the ResNet's last block, deeper with atrous convolution (section 3.2).
+
+    Args:
+        channels: of the features, 2048 for a ResNet.
+        rate: dilation of the ResNet's last block, 2 at output stride 16; it doubles with each further block, as each
+            would have halved the resolution (Figure 3b).
+        multi_grid: factors on the rate of the three convolutions of each block (section 3.2.1).
+
+    Shape:
+        ``(N, channels, h, w)`` -> the same.
+    """
+
+    def __init__(self, channels: int, rate: int, multi_grid: Sequence[int]) -> None:
+        blocks = []
+        for block_rate in (2 * rate, 4 * rate, 8 * rate):
+            units = [Bottleneck(channels, channels // 4, dilation=block_rate * factor) for factor in multi_grid]
+            blocks.append(nn.Sequential(*units))
+        super().__init__(*blocks)
+
+
 class DeepLabV3(SegmentationModule):
-    """ResNet or MobileNetV3 with ASPP, in torchvision's layout and with its key names.
+    """ResNet or MobileNetV3 with ASPP, in torchvision's layout, or the paper's with ASPP or cascaded modules.
 
     Args:
         num_classes: output channels.
         backbone: ``resnet50``, ``resnet101`` or ``mobilenet_v3_large``.
-        output_stride: input pixels per feature: 8 (default) or 16 for a ResNet, 16 for MobileNetV3.
+        layout: ``torchvision``, with its key names; or ``paper``: multi-grid, every 3x3 of a dilated stage dilated
+            alike, and a 1x1 classifier right after ASPP (ResNets only).
+        cascade: three further blocks in a row instead of ASPP (section 3.2), in the paper's layout.
+        output_stride: input pixels per feature: 8 or 16 for a ResNet, 16 for MobileNetV3. None takes torchvision's 8,
+            or the 16 that the paper trains with; an evaluation at 8 is the same weights under ``output_stride: 8``.
         atrous_rates: of ASPP; None takes (12, 24, 36), and (6, 12, 18) for a ResNet at output stride 16.
+        multi_grid: factors on the dilations of the last block; None takes none for torchvision, (1, 2, 4) for ASPP and
+            (1, 2, 1) for the cascade, which were best in Tables 3 and 5.
         aux_loss_weight: weight of a second head's loss, on ``layer3`` or at stride 8 of MobileNetV3; 0 builds none.
+        base_channels: width of the ResNet's first stage, 64 in the paper; all others, and the head's, scale with it.
         weights: ``imagenet`` (backbone), ``coco`` (torchvision's network, 21 VOC classes), a path, or None.
         **kwargs: see `SegmentationModule`.
 
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
-    Differs from the paper, as torchvision does: no multi-grid; a further 3x3 convolution after ASPP; Dropout; an
-    auxiliary head; batch norm's statistics decay by 0.9 a step instead of 0.9997; for MobileNetV3 the rates of stride
-    8 at stride 16. The output stride is the same in training and evaluation, and there is no second stage with frozen
-    batch norm.
+    Differs from the paper: batch norm's statistics decay by 0.9 a step instead of 0.9997; block5 to block7 start from
+    random weights. The second stage of training, with frozen batch norm at output stride 8, is a second run with
+    ``weights`` and ``freeze_bn``. Torchvision's layout also has no multi-grid, a further 3x3 convolution after ASPP,
+    Dropout, an auxiliary head, and for MobileNetV3 the rates of stride 8 at stride 16.
 
     Raises:
-        ValueError: for an unknown backbone, or an output stride that it does not have.
+        ValueError: for an unknown backbone or layout, an output stride that the backbone does not have, or the paper's
+            layout or cascade where there is none.
     """
 
     def __init__(
         self,
         num_classes: int,
         backbone: Literal["resnet50", "resnet101", "mobilenet_v3_large"] = "resnet50",
+        layout: Literal["torchvision", "paper"] = "torchvision",
+        cascade: bool = False,
         output_stride: int | None = None,
         atrous_rates: Sequence[int] | None = None,
+        multi_grid: Sequence[int] | None = None,
         aux_loss_weight: float = 0.0,
+        base_channels: int = 64,
         weights: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
         strides = {"resnet50": (8, 16), "resnet101": (8, 16), "mobilenet_v3_large": (16,)}
-        if backbone not in strides:
-            raise ValueError(f"backbone must be one of {', '.join(strides)}, got {backbone}")
-        output_stride = output_stride or strides[backbone][0]
+        if backbone not in strides or layout not in ("torchvision", "paper"):
+            raise ValueError(
+                f"backbone is one of {', '.join(strides)}, layout torchvision or paper; got {backbone}, {layout}"
+            )
+        paper, mobile = layout == "paper", backbone == "mobilenet_v3_large"
+        if (paper and mobile) or (cascade and not paper):
+            raise ValueError("layout: paper needs a ResNet, and cascade: true needs layout: paper")
+        output_stride = output_stride or (16 if paper or mobile else 8)
         if output_stride not in strides[backbone]:
             raise ValueError(f"{backbone} has output_stride {strides[backbone]}, got {output_stride}")
-        if backbone == "mobilenet_v3_large":
-            self.backbone: nn.Module = MobileNetV3Large(self.in_channels)
-            self.last, channels, self.aux_from, aux_channels, rates = "stride16", 960, "stride8", 40, (12, 24, 36)
+        if multi_grid is None:
+            multi_grid = (1, 2, 1) if cascade else (1, 2, 4) if paper else (1, 1, 1)
+        self.backbone: nn.Module
+        if mobile:
+            self.backbone = MobileNetV3Large(self.in_channels)
+            self.last, self.aux_from, rates = "stride16", "stride8", (12, 24, 36)
         else:
-            self.backbone = ResNet(int(backbone.removeprefix("resnet")), self.in_channels, output_stride)
-            self.last, channels, self.aux_from, aux_channels = "layer4", 2048, "layer3", 1024
+            self.backbone = ResNet(
+                int(backbone.removeprefix("resnet")),
+                self.in_channels,
+                base_channels,
+                output_stride,
+                multi_grid,
+                dilate_first_block=paper,
+            )
+            self.last, self.aux_from = "layer4", "layer3"
             rates = (12, 24, 36) if output_stride == 8 else (6, 12, 18)
-        self.classifier = nn.Sequential(
-            ASPP(channels, atrous_rates or rates),
-            *conv_bn_relu(256, 256, 3),
-            nn.Conv2d(256, num_classes, 1),
-        )
+        channels, middle = self.backbone.channels[self.last], 4 * base_channels  # type: ignore[index]
+        head: list[nn.Module]
+        if cascade:
+            head = [CascadedModules(channels, 32 // output_stride, multi_grid)]
+            middle = channels
+        else:
+            head = [ASPP(channels, atrous_rates or rates, middle, dropout=0.0 if paper else 0.5)]
+        if not paper:
+            head += conv_bn_relu(middle, middle, 3)
+        self.classifier = nn.Sequential(*head, nn.Conv2d(middle, num_classes, 1))
         self.aux_loss_weight = aux_loss_weight
         self.aux_classifier = None
         if aux_loss_weight:
-            middle = aux_channels // 4
-            layers = conv_bn_relu(aux_channels, middle, 3)
-            self.aux_classifier = nn.Sequential(*layers, nn.Dropout(0.1), nn.Conv2d(middle, num_classes, 1))
+            aux_channels = self.backbone.channels[self.aux_from]  # type: ignore[index]
+            layers = conv_bn_relu(aux_channels, aux_channels // 4, 3)
+            self.aux_classifier = nn.Sequential(*layers, nn.Dropout(0.1), nn.Conv2d(aux_channels // 4, num_classes, 1))
         if weights == "imagenet":
             self.backbone.load_imagenet()  # type: ignore[operator]
         elif weights is not None:
-            state = coco_weights(backbone) if weights == "coco" else read_weights(weights)
-            load_weights(self, state, weights, heads=("classifier.4.", "aux_classifier."))
+            file = coco_weights(backbone) if weights == "coco" else read_weights(weights, "DeepLabV3")
+            last = f"classifier.{len(self.classifier) - 1}."
+            load_weights(
+                self, file.state, file.source, heads=(last, "aux_classifier.4."), optional=("aux_classifier.",)
+            )
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
         """Score maps at the output stride: ``main``, and ``aux`` in training."""
@@ -150,11 +206,11 @@ class DeepLabV3(SegmentationModule):
         return [self.classifier, *([] if self.aux_classifier is None else [self.aux_classifier])]
 
 
-def coco_weights(backbone: str) -> dict[str, Tensor]:
+def coco_weights(backbone: str) -> Weights:
     """Torchvision's published DeepLabV3 weights, trained on COCO's pictures of the 20 VOC classes."""
     weights = {
         "resnet50": published.DeepLabV3_ResNet50_Weights,
         "resnet101": published.DeepLabV3_ResNet101_Weights,
         "mobilenet_v3_large": published.DeepLabV3_MobileNet_V3_Large_Weights,
     }[backbone]
-    return download(weights.COCO_WITH_VOC_LABELS_V1)
+    return Weights("COCO", download(weights.COCO_WITH_VOC_LABELS_V1))

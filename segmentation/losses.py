@@ -18,7 +18,8 @@ class CrossEntropy(nn.Module):
         class_weights: one factor per class; the mean is then weighted, as in torch. None weighs all alike.
 
     Shape:
-        logits ``(N, K, H, W)``, or ``(N, 1, H, W)`` for two classes; mask int64 ``(N, H, W)`` -> scalar.
+        logits ``(N, K, H, W)``, or ``(N, 1, H, W)`` for two classes; mask int64 ``(N, H, W)``; weight float
+        ``(N, H, W)``, a further factor per pixel such as U-Net's border map, or None -> scalar.
 
     Raises:
         ValueError: in `forward`, if the weights are not one per class.
@@ -30,7 +31,7 @@ class CrossEntropy(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
         self.class_weights: Tensor | None
 
-    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
         logits, valid = logits.float(), mask != IGNORE  # (N, H, W)
         target = mask.masked_fill(~valid, 0)
         if logits.shape[1] == 1:
@@ -40,7 +41,7 @@ class CrossEntropy(nn.Module):
         classes = max(2, logits.shape[1])
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise ValueError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
-        weight = self.weight(mask)
+        weight = self.weight(mask) if weight is None else self.weight(mask) * weight
         return (loss * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     def weight(self, mask: Tensor) -> Tensor:

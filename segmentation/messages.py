@@ -5,18 +5,20 @@ import importlib
 import inspect
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
 
-def plain(message: str, classes: Sequence[type]) -> str:
+def plain(message: str, classes: Sequence[type], commands: Sequence[Callable[..., Any]] = ()) -> str:
     """Turn a parser's message into one sentence, with the nearest valid name for an unknown one.
 
     Args:
         message: what jsonargparse says.
         classes: architectures, data sets and callbacks, whose names and arguments are valid.
+        commands: of our own, beside Lightning's, whose names and arguments are valid too.
     """
     patterns = {
         r"ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)": "key",
@@ -30,13 +32,15 @@ def plain(message: str, classes: Sequence[type]) -> str:
         wrong = next(group for group in match.groups() if group)
         module = re.search(r"module '([\w.]+)' has no", message)
         if kind == "command":
-            names = {"fit", "validate", "test", "predict"}
+            names = {"fit", "validate", "test", "predict", *(command.__name__ for command in commands)}
         elif kind == "class":
             names = set(dir(importlib.import_module(module[1]))) if module else {cls.__name__ for cls in classes}
         else:
             names = {"trainer", "model", "data", "seed_everything", "writer", "ckpt_path", "config"}
             for cls in (L.Trainer, *(base for c in classes for base in c.__mro__)):
                 names |= set(inspect.signature(vars(cls).get("__init__", object)).parameters)
+            for command in commands:
+                names |= set(inspect.signature(command).parameters)
         parts = wrong.split(".")
         lower = {name.lower(): name for name in sorted(names)}
         near = [[lower[name] for name in difflib.get_close_matches(part.lower(), lower, n=1)] for part in parts]
@@ -54,7 +58,9 @@ def sentence(error: BaseException) -> str | None:
         frames, last = re.findall(r'File "([^"]+)", line', text), text.strip().splitlines()[-1]
         return last.partition(": ")[2] if frames and ours(frames[-1]) else None
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return text if isinstance(error, (ValueError, OSError)) and ours(frames[-1]) else None
+    if isinstance(error, (ValueError, OSError)) and ours(frames[-1]):
+        return text
+    return sentence(error.__cause__) if error.__cause__ else None  # the parser wraps what a class's __init__ raises
 
 
 def ours(filename: str) -> bool:

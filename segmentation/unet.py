@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Batch, SegmentationModule
-from .weights import load_weights, read_weights
+from .weights import Weights, load_weights, read_weights
 
 BORDER = 92  # pixels that the valid network loses on each side: 572 -> 388
 
@@ -85,7 +85,8 @@ class UNet(SegmentationModule):
         batch_norm: normalise after every convolution; the paper has none.
         conv_bias: bias of the 3x3 convolutions; None has one exactly where no batch norm follows.
         up: ``transposed`` 2x2 convolutions as in the paper, or ``bilinear`` interpolation, whose lowest level keeps
-            the width of the one above (which makes 17 of 31 million parameters).
+            the width of the one above (which makes 17 of 31 million parameters); None takes what `weights` need, else
+            the paper's.
         dropout: after the two lowest levels of the contracting path (section 3.1, which gives no rate).
         pixel_shuffle: work on blocks of this many pixels squared: pixel-unshuffle before the network and
             pixel-shuffle after it (Shi et al., arXiv 1609.05158), a quarter of the cost at 2 with no pixel dropped;
@@ -96,8 +97,11 @@ class UNet(SegmentationModule):
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
-    Differs from the paper: no weight map in the loss; large images are not tiled but taken whole, mirrored at their
-    borders; transposed convolutions keep torch's initialisation.
+    A batch's ``weight`` ``(N, H, W)``, as the paper's map that thickens the gaps between cells (equation 2), weighs the
+    pixels of the loss.
+
+    Differs from the paper: large images are not tiled but taken whole, mirrored at their borders; transposed
+    convolutions keep torch's initialisation.
 
     Raises:
         ValueError: for an unknown padding or way up, or a valid network with `pixel_shuffle`.
@@ -110,13 +114,16 @@ class UNet(SegmentationModule):
         padding: Literal["same", "valid"] = "same",
         batch_norm: bool = True,
         conv_bias: bool | None = None,
-        up: Literal["transposed", "bilinear"] = "transposed",
+        up: Literal["transposed", "bilinear"] | None = None,
         dropout: float = 0.0,
         pixel_shuffle: int = 1,
         weights: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
+        file = Weights() if weights is None else read_weights(weights, "UNet")
+        up = up or file.arguments.get("up") or "transposed"
+        self.hparams.update(up=up)  # a checkpoint builds the same network without the file
         if padding not in ("same", "valid") or up not in ("transposed", "bilinear"):
             raise ValueError(f"padding is same or valid, up is transposed or bilinear, got {padding}, {up}")
         if pixel_shuffle < 1 or (pixel_shuffle > 1 and padding == "valid"):
@@ -146,7 +153,7 @@ class UNet(SegmentationModule):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if weights is not None:
-            load_weights(self, read_weights(weights), weights, heads=("classifier.",))
+            load_weights(self, file.state, file.source, heads=("classifier.",))
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
         """The network of Figure 1; the comments give the sizes of the paper's 572 x 572 input."""
@@ -175,9 +182,9 @@ class UNet(SegmentationModule):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy; the valid network sees the bare crop and is held against the mask's centre."""
-        image, mask = self.preprocess(batch["image"]), batch["mask"]
+        image = self.preprocess(batch["image"])
         if self.padding == "same":
-            return {"main": self.loss(self(image), mask)}
+            return {"main": self.criterion(self(image), batch)}
         side = min(image.shape[-2:])
         if side < 188 or any((length - 12) % 16 for length in image.shape[-2:]):
             raise ValueError(
@@ -185,7 +192,8 @@ class UNet(SegmentationModule):
                 f"{image.shape[-2]} x {image.shape[-1]}: set data.crop_size"
             )
         logits = self.score_maps(image)["main"]
-        return {"main": self.loss(logits, centre_crop(mask, logits.shape[-2], logits.shape[-1]))}
+        keys = [key for key in ("mask", "weight") if key in batch]
+        return {"main": self.criterion(logits, {key: centre_crop(batch[key], *logits.shape[-2:]) for key in keys})}
 
     def heads(self) -> list[nn.Module]:
         """The last 1x1 convolution."""

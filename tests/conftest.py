@@ -14,7 +14,7 @@ from PIL import Image
 PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two threads on narrow networks mostly wait for each other, and for any other process
 
 
 def draw_pair(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet50, segmentation
 
-from segmentation import DeepLabV1, DeepLabV3, UNet
-from segmentation.backbones import Bottleneck, ResNet
+from segmentation import DeepLabV1, DeepLabV3, DeepLabV3Plus, UNet
+from segmentation.backbones import Bottleneck, MobileNetV2, ResNet, Xception65
+from segmentation.deeplabv3 import CascadedModules
 from segmentation.unet import mirror
 
 
@@ -43,6 +44,18 @@ def shake(module: nn.Module) -> nn.Module:
         (lambda: DeepLabV3(21, "resnet101", aux_loss_weight=0.5), 60_996_202),
         (lambda: DeepLabV3(21, "mobilenet_v3_large"), 11_025_477),
         (lambda: DeepLabV3(21, "mobilenet_v3_large", aux_loss_weight=0.5), 11_029_328),
+        (lambda: DeepLabV3(21, "resnet101", "paper"), 58_040_661),
+        (lambda: DeepLabV3(21, "resnet101", "paper", output_stride=8), 58_040_661),
+        (lambda: DeepLabV3(21, "resnet50", "paper"), 39_048_533),
+        (lambda: DeepLabV3Plus(21, "resnet101"), 59_344_309),
+        (lambda: DeepLabV3Plus(21, "resnet101", "jfzhang95", output_stride=8), 59_344_309),
+        (lambda: DeepLabV3Plus(21, "resnet50"), 40_352_181),
+        (lambda: DeepLabV3Plus(21, "resnet50", "VainF"), 39_761_845),
+        (lambda: DeepLabV3Plus(21, "resnet101", "VainF"), 58_753_973),
+        (lambda: DeepLabV3Plus(21, "xception65"), 41_055_413),
+        (lambda: DeepLabV3Plus(21, "xception65", output_stride=8), 41_055_413),
+        (lambda: DeepLabV3Plus(21, "xception65", low_level="block1"), 41_049_269),
+        (lambda: DeepLabV3Plus(21, "xception65", "jfzhang95"), 54_705_317),
         (lambda: UNet(2, in_channels=1, mean=[0.5], std=[0.5], padding="valid", batch_norm=False), 31_030_658),
         (lambda: UNet(21, padding="valid", batch_norm=False), 31_033_045),
         (lambda: UNet(21, padding="valid", conv_bias=True), 31_044_821),
@@ -100,7 +113,8 @@ def test_weights_of_another_class_count_leave_the_head_fresh(tmp_path, caplog, c
     torch.testing.assert_close(ours.classifier[1].weight, peer.classifier[1].weight)
     assert ours.classifier[4].weight.shape[0] == 4
     said = capsys.readouterr().err + caplog.text
-    assert "classifier.4., aux_classifier. left out" in said
+    assert "classifier.4. left fresh, it has 21 outputs in the file and 4 here" in said
+    assert "aux_classifier. dropped, this network has none" in said
 
 
 def test_missing_batch_norm_statistics_are_not_passed_over(tmp_path):
@@ -140,6 +154,54 @@ def test_resnet_options_of_deeplabv2_and_pspnet():
     psp = ResNet(50, output_stride=8, deep_stem=True)
     assert psp.layer1[0].conv1.in_channels == 128
     assert psp(torch.rand(1, 3, 65, 65))["layer4"].shape == (1, 2048, 9, 9)
+
+
+def dilations(module: nn.Module) -> list[int]:
+    return [m.dilation[0] for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+
+
+@pytest.mark.parametrize(("stride", "rates"), [(16, [2, 4, 8]), (8, [4, 8, 16])])
+def test_multi_grid_multiplies_the_rate_of_the_last_stage(stride, rates):
+    """DeepLab v3, section 3.2.1: rates 2 * (1, 2, 4) at output stride 16, twice that at 8."""
+    with torch.device("meta"):
+        model = DeepLabV3(21, layout="paper", output_stride=stride)
+    assert dilations(model.backbone.layer4) == rates
+    assert dilations(model.backbone.layer3) == [16 // stride] * 6
+    assert dilations(model.classifier[0]) == ([6, 12, 18] if stride == 16 else [12, 24, 36])
+
+
+def test_cascaded_modules_double_the_rate():
+    """Figure 3b: rates 2, 4, 8 and 16 of block4 to block7 at output stride 16, with multi-grid (1, 2, 1)."""
+    with torch.device("meta"):
+        model = DeepLabV3(21, layout="paper", cascade=True)
+    assert isinstance(model.classifier[0], CascadedModules)
+    assert dilations(model.backbone.layer4) == [2, 4, 2]
+    assert dilations(model.classifier) == [4, 8, 4, 8, 16, 8, 16, 32, 16]
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_xception_keeps_its_resolution_by_dilation(stride):
+    with torch.device("meta"):
+        net = Xception65(output_stride=stride)
+        features = net(torch.empty(1, 3, 513, 513))
+    assert features["exit"].shape == (1, 2048, 33, 33) if stride == 16 else (1, 2048, 65, 65)
+    assert features["block2_conv2"].shape == (1, 256, 129, 129) and features["block1"].shape == (1, 128, 129, 129)
+    rate = 16 // stride
+    assert dilations(net.middle) == [rate] * 48 and dilations(net.exit2) == [2 * rate] * 3
+    assert not any(isinstance(m, nn.MaxPool2d) for m in net.modules())
+
+
+def test_mobilenetv2_gives_torchvisions_features_at_the_tap():
+    """Up to the first removed stride the two are the same network."""
+    peer = torchvision.models.mobilenet_v2(weights=None).eval()
+    ours = MobileNetV2().eval()
+    ours.load_state_dict(
+        {k: v for k, v in peer.state_dict().items() if k.startswith("features.") and "18" not in k[:12]}
+    )
+    image = torch.randn(1, 3, 65, 97)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(image)["stride4"], peer.features[:4](image))
+    assert ours(image)["last"].shape == (1, 320, 5, 7)
 
 
 class Milesial(nn.Module):
@@ -280,7 +342,7 @@ def test_deeplabv1_takes_vgg16_as_the_paper_does(monkeypatch):
     state["classifier.0.weight"], state["classifier.0.bias"] = taps.reshape(4096, -1), torch.arange(4096.0)
     state["classifier.3.weight"] = torch.arange(4096.0)[:, None] * 4096 + torch.arange(4096.0)
     state["classifier.3.bias"] = torch.arange(4096.0)
-    monkeypatch.setattr("segmentation.deeplabv1.vgg16_imagenet", lambda: state)
+    monkeypatch.setattr("segmentation.backbones.download", lambda weights: state)
     model = DeepLabV1(21, weights="imagenet")
     assert model.conv1[0].weight.unique().tolist() == [0.0] and model.conv5[4].weight.unique().tolist() == [28.0]
     assert model.fc6.weight[0, 0].tolist() == [[0, 3, 6], [21, 24, 27], [42, 45, 48]]
@@ -298,6 +360,13 @@ def test_deeplabv1_takes_vgg16_as_the_paper_does(monkeypatch):
         (lambda: DeepLabV3(21, output_stride=4), "output_stride"),
         (lambda: DeepLabV3(21, atrous_rates=[0]), "atrous_rates"),
         (lambda: DeepLabV3(21, weights="nowhere.pth"), "nowhere.pth"),
+        (lambda: DeepLabV3(21, cascade=True), "layout: paper"),
+        (lambda: DeepLabV3(21, "mobilenet_v3_large", "paper"), "layout: paper needs a ResNet"),
+        (lambda: DeepLabV3(21, multi_grid=[1, 2]), "multi_grid"),
+        (lambda: DeepLabV3Plus(21, "mobilenet_v3_large", output_stride=8), "at output_stride 16 only"),
+        (lambda: DeepLabV3Plus(21, "xception65", weights="imagenet"), "xception65"),
+        (lambda: DeepLabV3Plus(21, low_level="conv1"), "low_level of resnet101 is one of layer1"),
+        (lambda: DeepLabV3Plus(21, "vgg16"), "backbone"),
         (lambda: UNet(21, padding="reflect"), "padding"),
         (lambda: UNet(21, padding="valid", pixel_shuffle=2), "pixel_shuffle"),
         (lambda: UNet(21, in_channels=1), "mean and std"),
