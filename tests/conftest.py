@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+os.environ["OMP_NUM_THREADS"] = "1"  # for every process: two threads wait for each other, and for any other process
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
 
-torch.set_num_threads(1)  # two threads on narrow networks mostly wait for each other, and for any other process
+torch.set_num_threads(1)
 
 
 def draw_pair(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +91,7 @@ data:
     return file
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "COLUMNS": "200"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PROJECT), "COLUMNS": "200"}
 for variable in ("WANDB_API_KEY", "WANDB_MODE", "PL_GLOBAL_SEED"):
     ENVIRONMENT.pop(variable, None)
 SCRIPT = Path(sys.executable).with_name("lightning")  # as `pip install -e .` makes it
