@@ -8,10 +8,10 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for every process: two threads wait for each other, and for any other process
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
