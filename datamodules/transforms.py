@@ -1,18 +1,59 @@
-"""Joint transforms of image and mask: what torchvision's v2 transforms lack for segmentation.
+"""Joint transforms of image, mask and loss weight: what torchvision's v2 transforms lack for segmentation.
 
-They work on ``tv_tensors.Image`` and ``tv_tensors.Mask`` and compose with every transform of torchvision v2. Labels
-are only ever resampled to the nearest neighbour, and pixels that a crop adds outside the image are labelled 255.
+They work on ``tv_tensors.Image`` of any number of channels and any dtype, ``tv_tensors.Mask`` and `Weight`, and
+compose with every transform of torchvision v2. Labels and weights are only ever resampled to the nearest neighbour;
+pixels that come from outside the image are labelled 255 and weigh 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 IGNORE = 255  # the only label that losses and metrics leave out
+
+
+class Weight(tv_tensors.Mask):
+    """A float factor on the loss of each pixel ``(H, W)``: v2 moves it as it moves a mask, but fills can tell them."""
+
+
+def outside(inpt: Tensor, fill: Sequence[float]) -> Tensor:
+    """What lies outside a picture, ``(C, 1, 1)`` float: `fill` for an image, 255 for a mask, 0 for a weight.
+
+    Raises:
+        ValueError: if `fill` has neither one value nor one per channel.
+    """
+    if isinstance(inpt, tv_tensors.Mask):
+        return torch.tensor([0.0 if isinstance(inpt, Weight) else float(IGNORE)])[:, None, None]
+    if len(fill) not in (1, inpt.shape[-3]):
+        raise ValueError(f"fill has {len(fill)} values, but the image has {inpt.shape[-3]} channels")
+    return torch.tensor(fill, dtype=torch.float32)[:, None, None]
+
+
+def resample(inpt: Tensor, fill: Sequence[float], move: Callable[[Tensor, InterpolationMode], Tensor]) -> Tensor:
+    """Move an image (bilinear), mask or weight (nearest) by a function of v2 that samples 0 outside the picture.
+
+    Zero is made to mean the colour outside: v2's own ``fill`` multiplies the seam of a picture twice by what it covers
+    of a pixel, which darkens it by up to a quarter even where the picture has the colour of `fill`.
+
+    Args:
+        inpt: image ``(C, H, W)``, mask or weight ``(H, W)``, of any dtype.
+        fill: see `outside`.
+        move: called with floats ``(C, H, W)`` and the interpolation.
+    """
+    is_mask = isinstance(inpt, tv_tensors.Mask)
+    x = inpt.as_subclass(torch.Tensor)
+    x = x[None] if is_mask else x
+    floats = x if x.is_floating_point() else x.float()
+    border = outside(inpt, fill).to(floats.dtype)
+    floats = move(floats - border, InterpolationMode.NEAREST if is_mask else InterpolationMode.BILINEAR) + border
+    x = floats if x.is_floating_point() else floats.round().to(x.dtype)
+    return tv_tensors.wrap(x[0] if is_mask else x, like=inpt)
 
 
 class RandomScaleCrop(v2.Transform):
@@ -26,16 +67,24 @@ class RandomScaleCrop(v2.Transform):
         crop_size: height and width of the result in pixels; one number for a square.
         scale_range: smallest and largest factor, drawn uniformly; (1, 1) only crops.
         fill: colour outside the image, one value per channel, in the image's own units (usually the data's mean).
+        max_class_share: a window where one label takes more than this share of the labelled pixels, or where nothing
+            is labelled, is drawn again at the same scale, at most 10 times; then it is kept. Below 1 the crops show
+            rare classes more often, 0.75 is usual; 1 takes every window.
 
     Shape:
-        image ``(C, H, W)``, mask ``(H, W)`` -> ``(C, *crop_size)``, ``(*crop_size)``.
+        image ``(C, H, W)``, mask and weight ``(H, W)`` -> ``(C, *crop_size)``, ``(*crop_size)``.
 
     Raises:
-        ValueError: if a side of the window or a factor is not positive, or the factors are in the wrong order.
+        ValueError: if a side of the window, a factor or the share is not positive, the factors are in the wrong order,
+            or the share is above 1.
     """
 
     def __init__(
-        self, crop_size: int | Sequence[int], scale_range: Sequence[float] = (0.5, 2.0), fill: Sequence[float] = (0,)
+        self,
+        crop_size: int | Sequence[int],
+        scale_range: Sequence[float] = (0.5, 2.0),
+        fill: Sequence[float] = (0,),
+        max_class_share: float = 1.0,
     ) -> None:
         super().__init__()
         size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
@@ -43,15 +92,30 @@ class RandomScaleCrop(v2.Transform):
             raise ValueError(f"crop_size must be one or two positive numbers, got {crop_size}")
         if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(f"scale_range must be (smallest, largest) with 0 < smallest <= largest, got {scale_range}")
+        if not 0 < max_class_share <= 1:
+            raise ValueError(f"max_class_share must be above 0 and at most 1, got {max_class_share}")
         self.crop_size, self.scale_range, self.fill = size, tuple(scale_range), list(fill)
+        self.max_class_share = max_class_share
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the scale and the window; each side as (first source pixel, source pixels, result pixels, offset)."""
         scale = float(torch.empty(()).uniform_(*self.scale_range))
-        return {
-            "rows": self._window(flat_inputs[0].shape[-2], self.crop_size[0], scale),
-            "columns": self._window(flat_inputs[0].shape[-1], self.crop_size[1], scale),
-        }
+        height, width = flat_inputs[0].shape[-2:]
+        masks = [x for x in flat_inputs if isinstance(x, tv_tensors.Mask) and not isinstance(x, Weight)]
+        for _ in range(11):
+            rows = self._window(height, self.crop_size[0], scale)
+            columns = self._window(width, self.crop_size[1], scale)
+            # counted before scaling, which leaves the shares as they are
+            if self.max_class_share == 1 or all(self._is_varied(mask, rows, columns) for mask in masks):
+                break
+        return {"rows": rows, "columns": columns}
+
+    def _is_varied(self, mask: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> bool:
+        (top, height, *_), (left, width, *_) = rows, columns
+        labels = mask.as_subclass(torch.Tensor)[..., top : top + height, left : left + width].flatten()
+        counts = torch.bincount(labels, minlength=IGNORE + 1)
+        counts[IGNORE] = 0
+        return 0 < int(counts.max()) <= self.max_class_share * int(counts.sum())
 
     @staticmethod
     def _window(length: int, crop: int, scale: float) -> tuple[int, int, int, int]:
@@ -72,9 +136,115 @@ class RandomScaleCrop(v2.Transform):
         x = x[None] if is_mask else x
         if (height, width) != (new_height, new_width):
             mode = InterpolationMode.NEAREST_EXACT if is_mask else InterpolationMode.BILINEAR
-            x = F.resize(x, [new_height, new_width], interpolation=mode, antialias=not is_mask)
-        below, after = self.crop_size[0] - new_height - above, self.crop_size[1] - new_width - before
-        if above or below or before or after:
-            fill = [float(IGNORE)] if is_mask else self.fill
-            x = F.pad(x, [before, above, after, below], fill=fill)
+            deep = x.dtype == torch.uint16  # v2 rounds all other integers, but cuts these off
+            x = F.resize(x.float() if deep else x, [new_height, new_width], interpolation=mode, antialias=not is_mask)
+            x = x.round().to(torch.uint16) if deep else x
+        if (new_height, new_width) != self.crop_size:
+            border = outside(inpt, self.fill)
+            border = border if x.is_floating_point() else border.round()
+            canvas = border.to(x.dtype).expand(len(x), *self.crop_size).clone()
+            canvas[:, above : above + new_height, before : before + new_width] = x
+            x = canvas
         return tv_tensors.wrap(x[0] if is_mask else x, like=inpt)
+
+
+class ElasticDeformation(v2.Transform):
+    """Bend the picture by a smooth random field: displacements on a coarse grid, bicubic in between.
+
+    O. Ronneberger, P. Fischer, T. Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI
+    2015, arXiv 1505.04597, section 3.1. The grid's outer points lie in the picture's corners.
+
+    Args:
+        sigma: standard deviation of a grid point's displacement, along each axis, in pixels.
+        grid: points along each side of the grid.
+        fill: colour outside the image, one value per channel, in the image's own units (usually the data's mean).
+
+    Shape:
+        image ``(C, H, W)``, mask and weight ``(H, W)`` -> the same; the image is sampled bilinearly, the others to
+        the nearest pixel, all by one field.
+
+    Raises:
+        ValueError: if `sigma` is negative or the grid has fewer than 2 points along a side.
+    """
+
+    def __init__(self, sigma: float = 10.0, grid: int = 3, fill: Sequence[float] = (0,)) -> None:
+        super().__init__()
+        if sigma < 0 or grid < 2:
+            raise ValueError(f"sigma must not be negative and grid must be at least 2, got {sigma} and {grid}")
+        self.sigma, self.grid, self.fill = sigma, grid, list(fill)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the field: where each pixel comes from, relative to itself, ``(1, H, W, 2)`` in pixels along x and y."""
+        height, width = flat_inputs[0].shape[-2:]
+        points = self.sigma * torch.randn(1, 2, self.grid, self.grid)
+        field = nnf.interpolate(points, (height, width), mode="bicubic", align_corners=True)
+        return {"displacement": field.permute(0, 2, 3, 1)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Sample one tensor through the field."""
+        height, width = inpt.shape[-2:]
+        displacement = params["displacement"] * 2 / torch.tensor([width, height])  # v2 counts in half picture sides
+        return resample(inpt, self.fill, lambda x, mode: F.elastic(x, displacement, interpolation=mode))
+
+
+class RandomRotation(v2.RandomRotation):
+    """Turn the picture about its centre by a random angle; its size stays.
+
+    Args:
+        degrees: drawn uniformly from -degrees to degrees, or from (smallest, largest); positive turns to the left.
+        fill: colour outside the image, one value per channel, in the image's own units (usually the data's mean).
+
+    Shape:
+        image ``(C, H, W)``, mask and weight ``(H, W)`` -> the same; the image is sampled bilinearly, the others to
+        the nearest pixel.
+    """
+
+    def __init__(self, degrees: float | Sequence[float], fill: Sequence[float] = (0,)) -> None:
+        super().__init__(degrees)
+        self.colour = list(fill)  # ``fill`` is v2's own
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Turn one tensor by the drawn angle."""
+        return resample(inpt, self.colour, lambda x, mode: F.rotate(x, params["angle"], interpolation=mode))
+
+
+class BandJitter(v2.Transform):
+    """Change brightness and contrast of each band by factors of its own, for images that ``v2.ColorJitter`` refuses.
+
+    Contrast moves a band's pixels from or to the band's mean, brightness multiplies them. Integers are clamped to
+    their dtype's range, floats are not clamped; pixels that are nan stay so and do not count.
+
+    Args:
+        strength: factors are drawn uniformly from 1 - strength, 0 at least, to 1 + strength.
+
+    Shape:
+        image ``(C, H, W)`` -> the same, in its own dtype; masks and weights pass.
+
+    Raises:
+        ValueError: if `strength` is negative.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        if strength < 0:
+            raise ValueError(f"strength must not be negative, got {strength}")
+        self.strength = strength
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw both factors of each band, ``(C, 1, 1)``."""
+        image = next(x for x in flat_inputs if not isinstance(x, tv_tensors.Mask))
+        factors = torch.empty(2, image.shape[-3], 1, 1).uniform_(max(0.0, 1 - self.strength), 1 + self.strength)
+        return {"brightness": factors[0], "contrast": factors[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Change an image, pass the rest."""
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        x = inpt.as_subclass(torch.Tensor)
+        floats = x if x.is_floating_point() else x.float()
+        mean = floats.nanmean((-2, -1), keepdim=True)
+        floats = ((floats - mean) * params["contrast"] + mean) * params["brightness"]
+        if not x.is_floating_point():
+            limits = torch.iinfo(x.dtype)
+            floats = floats.round().clamp(limits.min, limits.max)
+        return tv_tensors.wrap(floats.to(x.dtype), like=inpt)
