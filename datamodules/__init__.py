@@ -1,8 +1,35 @@
 """Public data sets and folders of one's own as Lightning data modules, one file each."""
 
-from .base import Sample, SegmentationDataModule, SegmentationDataset
+from .ade20k import ADE20K
+from .base import SegmentationDataModule
 from .camvid import CamVid
+from .cityscapes import Cityscapes
+from .coco import COCO
+from .dataset import SegmentationDataset
+from .files import Sample
 from .folder import Folder
+from .isbi_em import ISBIEM
+from .oxford_pets import OxfordPets
+from .recycling import Recycling
+from .synthetic_cells import SyntheticCells
 from .synthetic_scenes import SyntheticScenes
+from .voc import VOC
+from .wildfire import Wildfire
 
-__all__ = ["CamVid", "Folder", "Sample", "SegmentationDataModule", "SegmentationDataset", "SyntheticScenes"]
+__all__ = [
+    "ADE20K",
+    "COCO",
+    "ISBIEM",
+    "VOC",
+    "CamVid",
+    "Cityscapes",
+    "Folder",
+    "OxfordPets",
+    "Recycling",
+    "Sample",
+    "SegmentationDataModule",
+    "SegmentationDataset",
+    "SyntheticCells",
+    "SyntheticScenes",
+    "Wildfire",
+]

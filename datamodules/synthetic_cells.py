@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Sample, SegmentationDataModule
+from .base import SegmentationDataModule
+from .files import Sample
 from .synthetic_scenes import SPLITS, Dice
 
 SUB = 8  # the outlines are computed in eighths of a pixel

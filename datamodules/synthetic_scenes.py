@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Sample, SegmentationDataModule
+from .base import SegmentationDataModule
+from .files import Sample
 
 SKY, GRASS, WATER, ROAD, TREE, BOAT, CAR, SHEET, PILLOW, SHEEP, POLE = range(11)
 

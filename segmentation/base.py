@@ -167,7 +167,7 @@ class SegmentationModule(L.LightningModule):
         """Take class names and palette from the data, and check that model and data agree.
 
         Raises:
-            ValueError: if the numbers of classes differ; a binary model has 1 where its data has 2.
+            ValueError: if the numbers of channels or classes differ; a binary model has 1 where its data has 2.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and len(getattr(data, "class_names", ())) > 0:
@@ -175,6 +175,11 @@ class SegmentationModule(L.LightningModule):
                 raise ValueError(
                     f"model.num_classes is {self.num_classes} but the data has {data.num_classes} classes "
                     f"({', '.join(data.class_names)}): set model.num_classes to {data.num_classes}"
+                )
+            if self.in_channels != data.in_channels:
+                raise ValueError(
+                    f"model.in_channels is {self.in_channels} but the images have {data.in_channels} channels: set "
+                    f"model.in_channels to {data.in_channels}, and model.mean and model.std to as many values"
                 )
             self.class_names = [str(name) for name in data.class_names]
             if len(data.palette) == data.num_classes:

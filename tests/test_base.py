@@ -158,7 +158,8 @@ def test_compile_gives_the_same_logits_and_leaves_no_trace_in_the_state_dict():
 
 
 # the one paper that a paper builds on
-EXTENDS = {"deeplabv2": "deeplabv1", "deeplabv3plus": "deeplabv3", "unet3plus": "unet"}
+EXTENDS = {"deeplabv2": "deeplabv1", "deeplabv3plus": "deeplabv3", "unet3plus": "unet", "recycling": "coco",
+           "synthetic_cells": "synthetic_scenes"}  # fmt: skip
 
 
 def test_imports_keep_the_agreed_directions():
@@ -169,26 +170,35 @@ def test_imports_keep_the_agreed_directions():
         "published": set(), "weights": {"published"},
         "backbones": {"weights"},
         "base": {"losses", "metrics", "weights"},
+        "receptive_field_report": {"base", "receptive_field"},
         "callbacks": {"base", "metrics", "pictures", "report", "prediction_logger", "prediction_writer"},
     }  # fmt: skip
     for file in (project / "segmentation").rglob("*.py"):
         name = file.parent.name if file.parent.name == "callbacks" else file.stem
-        found = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                module = node.module or ""
-                if node.level:
-                    found |= {module} if module else {alias.name for alias in node.names}
-                assert not module.startswith(("datamodules", "segmentation")) or name == "cli", file
-            if isinstance(node, ast.Import):
-                assert name == "cli" or not any(a.name.startswith("datamodules") for a in node.names), file
+        others = {module.split(".")[0] for module in imported(file)}
+        assert not others & {"datamodules", "segmentation"} or name == "cli", file
+        found = siblings(file)
         if name in ("cli", "__main__", "__init__"):
             continue
         assert "cli" not in found, file
         limit = allowed.get(name, {"base", "backbones", "losses", "weights", EXTENDS.get(name)})
         assert found <= limit, f"{file.name} imports {found - limit}"
-    for file in (project / "datamodules").rglob("*.py"):
-        assert "segmentation" not in {m.split(".")[0] for m in imported(file)}, file
+    files = {"files", "transforms"}
+    allowed = {
+        "files": set(), "download": set(), "transforms": set(), "weight_map": {"transforms"}, "dataset": files,
+        "base": {*files, "dataset", "download", "weight_map"},
+    }  # fmt: skip
+    for file in (project / "datamodules").glob("*.py"):
+        assert not {module.split(".")[0] for module in imported(file)} & {"datamodules", "segmentation"}, file
+        limit = allowed.get(file.stem, {*files, "base", "download", EXTENDS.get(file.stem)})
+        if file.stem.startswith("check"):
+            limit |= {"check_files", "check_findings", "check_page"}
+        assert file.stem == "__init__" or siblings(file) <= limit, f"{file.name} imports {siblings(file) - limit}"
+
+
+def siblings(file: Path) -> set[str]:
+    nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+    return {name for n in nodes for name in ([n.module] if n.module else [alias.name for alias in n.names])}
 
 
 def imported(file: Path) -> set[str]:

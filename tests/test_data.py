@@ -1,5 +1,10 @@
 """Reading, transforms, samplers and folders, against values computed by hand."""
 
+import hashlib
+import io
+import tarfile
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +14,10 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from datamodules import CamVid, Folder, SegmentationDataset
-from datamodules.base import EpochSampler, Sample, collate, files_under, read_image, read_mask, to_8_bits, voc_palette
+from datamodules.base import voc_palette
+from datamodules.dataset import EpochSampler, collate
+from datamodules.download import Archive, fetch
+from datamodules.files import Sample, files_under, read_image, read_mask, to_8_bits
 from datamodules.transforms import RandomScaleCrop
 
 
@@ -222,8 +230,8 @@ def test_camvid_facts_and_layout(tmp_path):
     image, mask = SegmentationDataset([sample], data.label_table()).read(0)
     assert image.shape == (3, 4, 6) and mask.unique().tolist() == [255]
     (tmp_path / "trainannot/0001TP_006720.png").unlink()
-    with pytest.raises(FileNotFoundError, match="trainannot/0001TP_006720"):
-        data.samples("train")
+    with pytest.raises(ValueError, match=r"no partner: there is no mask .*trainannot/0001TP_006720"):
+        data.listed("train")
 
 
 def test_more_processes_than_images_is_an_error_on_every_process(tree, monkeypatch):
@@ -238,3 +246,155 @@ def test_pictures_of_different_sizes_do_not_stack():
     items = [{"image": torch.zeros(3, n, 4), "mask": torch.zeros(n, 4), "name": "a", "size": (n, 4)} for n in (4, 5)]
     with pytest.raises(ValueError, match=r"4 x 4 and 5 x 4.*crop_size"):
         collate(items)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("cache", ["memory", "folder"])
+def test_cache_decodes_once_within_its_budget(tree, tmp_path, cache, monkeypatch):
+    place = cache if cache == "memory" else str(tmp_path / "cache")
+    plain, kept = Folder(tree, CLASSES), Folder(tree, CLASSES, cache=place, batch_size=4)
+    plain.setup("fit"), kept.setup("fit")
+    expected = [plain.datasets["train"].read(i) for i in range(12)]
+    if cache == "folder":
+        kept = Folder(tree, CLASSES, cache=place, batch_size=4)  # another run
+        kept.setup("fit")
+    monkeypatch.setattr(Sample, "read", lambda self: pytest.fail(f"{self.name} was decoded again"))
+    for i, (image, mask) in enumerate(expected):
+        ours = kept.datasets["train"].read(i)
+        assert torch.equal(ours[0], image) and torch.equal(ours[1], mask)
+
+
+def test_cache_stops_at_its_budget_and_notices_a_new_file(tree, tmp_path):
+    pair = 48 * 64 * 4  # bytes of image and mask
+    data = Folder(tree, CLASSES, cache="memory", cache_budget=5.5 * pair / 2**30, batch_size=4)
+    data.setup("fit")
+    assert len(data.cache.kept) == 5 and data.cache.used == 5 * pair
+    root = draw_tree(tmp_path / "tree", {"train": 4, "val": 1})
+    data = Folder(root, CLASSES, cache=str(tmp_path / "cache"), batch_size=4)
+    data.setup("fit")
+    Image.fromarray(np.full((48, 64), 2, np.uint8)).save(root / "masks/train/00.png")
+    data.setup("fit")
+    assert data.datasets["train"].read(0)[1].unique().tolist() == [2]
+
+
+# Weight maps and transforms, wired in
+
+
+def test_weight_maps_go_with_their_pictures(tree):
+    data = Folder(tree, CLASSES, border_weight=10.0, elastic=4.0, rotation=20.0, crop_size=32, scale_range=(0.7, 1.4),
+                  blur=0.5, color_jitter=0.3, max_class_share=0.9, batch_size=4, num_workers=0)  # fmt: skip
+    data.setup("fit")
+    batch = batches(data)[0]
+    assert batch["weight"].shape == (4, 32, 32) and batch["weight"].dtype == torch.float32
+    assert (batch["weight"][batch["mask"] == 255] == 0).all() and (batch["weight"][batch["mask"] != 255] > 0).all()
+    counts = data.look_at_files("train")[:3].double()
+    balance = counts.sum() / 3 / counts  # mean 1 over the training set
+    discs = batch["weight"][batch["mask"] == 1]
+    assert discs.unique().tolist() == pytest.approx([float(balance[1])])
+    assert "weight" not in batches(data, "val")[0]
+    assert len(data.weights.kept) == 12  # one per training image, before any epoch
+
+
+def test_items_do_not_depend_on_the_number_of_workers(tree):
+    def items(num_workers: int) -> list[dict]:
+        data = Folder(tree, CLASSES, border_weight=10.0, elastic=4.0, rotation=20.0, crop_size=32, color_jitter=0.3,
+                      blur=0.5, max_class_share=0.9, batch_size=4, num_workers=num_workers)  # fmt: skip
+        data.setup("fit")
+        return batches(data, epoch=2)
+
+    for one, two in zip(items(0), items(2), strict=True):
+        assert one["name"] == two["name"]
+        assert all(torch.equal(one[key], two[key]) for key in ("image", "mask", "weight"))
+
+
+def test_rare_class_crops_need_a_crop():
+    with pytest.raises(ValueError, match=r"max_class_share 0\.5 chooses crops: set data\.crop_size"):
+        Folder("x", max_class_share=0.5)
+
+
+# Downloads, from a server of our own
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder served on a free port, whose connections break after `limit` bytes; and the ranges asked for."""
+    import http.server
+    import threading
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        limit, asked = 10**9, []
+
+        def do_GET(self):
+            content = (tmp_path / "served" / self.path[1:]).read_bytes()
+            start = int(self.headers["Range"].split("=")[1].rstrip("-")) if self.headers["Range"] else 0
+            Handler.asked.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start : start + Handler.limit])
+
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "served").mkdir()
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield Handler, f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+
+
+def archive(path, members: dict[str, bytes]) -> str:
+    """Write a tar or zip archive, and give its checksum."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    return "md5:" + hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_download_goes_on_checks_and_unpacks_once(server, tmp_path, suffix):
+    handler, url = server
+    content = np.random.RandomState(0).bytes(5000)
+    checksum = archive(tmp_path / f"served/data.{suffix}", {"deep/file.bin": content})
+    wanted, root = Archive(f"{url}/data.{suffix}", checksum, "here"), tmp_path / "root"
+    handler.limit, handler.asked = 2000, []
+    with pytest.raises(OSError, match="broke off after 2,000 of"):
+        fetch(wanted, root)
+    assert (root / f"data.{suffix}.part").stat().st_size == 2000
+    handler.limit = 10**9
+    fetch(wanted, root)
+    assert handler.asked == [0, 2000] and (root / "here/deep/file.bin").read_bytes() == content
+    fetch(wanted, root)
+    assert handler.asked == [0, 2000] and not (root / f"data.{suffix}").exists()
+
+
+def test_download_of_other_bytes_is_refused(server, tmp_path):
+    archive(tmp_path / "served/data.zip", {"a": b"a"})
+    with pytest.raises(ValueError, match="came with another md5"):
+        fetch(Archive(f"{server[1]}/data.zip", "md5:" + 32 * "0"), tmp_path / "root")
+    assert not list((tmp_path / "root").iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_nothing_is_unpacked_outside(server, tmp_path, suffix):
+    checksum = archive(tmp_path / f"served/data.{suffix}", {"../../outside.txt": b"x"})
+    with pytest.raises(ValueError, match=r"outside|not unpacked"):
+        fetch(Archive(f"{server[1]}/data.{suffix}", checksum, "here"), tmp_path / "root")
+    assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "root/outside.txt").exists()
+
+
+def test_only_what_may_be_fetched_is(tmp_path):
+    from datamodules import Cityscapes
+
+    with pytest.raises(ValueError, match=r"Cityscapes cannot be downloaded for you: https://www.cityscapes"):
+        Cityscapes(tmp_path, download=True).prepare_data()
+    Cityscapes(tmp_path).prepare_data()  # asks for nothing
