@@ -23,8 +23,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import datamodules
 import segmentation
-from segmentation import callbacks, receptive_field
+from segmentation import callbacks
 from segmentation.messages import plain, sentence
+from segmentation.receptive_field_report import analyse_layers, analyse_network
 
 
 class Parser(LightningArgumentParser):
@@ -75,10 +76,10 @@ class Trainer(L.Trainer):
             weights_only: stands in the config.yaml of a run, and changes nothing: checkpoints are always read so.
         """
         if layers is not None:
-            receptive_field.analyse_layers(layers, size, Path(output_dir))
+            analyse_layers(layers, size, Path(output_dir))
         elif model is not None:
             device = self.strategy.root_device
-            receptive_field.analyse_network(model, ckpt_path, image, size, stages or (), device, Path(output_dir))
+            analyse_network(model, ckpt_path, image, size, stages or (), device, Path(output_dir))
 
 
 COMMANDS = (Trainer.receptive_field,)  # our own

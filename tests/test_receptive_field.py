@@ -24,17 +24,8 @@ from segmentation import (
 from segmentation.backbones import ResNet
 from segmentation.base import SegmentationModule
 from segmentation.cli import main
-from segmentation.receptive_field import (
-    Field,
-    effective_field,
-    layer_fields,
-    live_taps,
-    main_rows,
-    network_fields,
-    side_above,
-    side_holding,
-    ways_to_pixels,
-)
+from segmentation.receptive_field import Field, effective_field, layer_fields, network_fields, ways_to_pixels
+from segmentation.receptive_field_report import live_taps, main_rows, side_above, side_holding
 
 VGG16 = [f"{layer}p1" if layer == "conv3" else layer for n in (2, 2, 3, 3, 3) for layer in ["conv3"] * n + ["pool2s2"]]
 
