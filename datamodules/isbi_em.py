@@ -58,8 +58,8 @@ class ISBIEM(SegmentationDataModule):
     label_map = {0: 0, 255: 1}
     bands = (0,)
     in_channels = 1
-    mean = (0.4953,)
-    std = (0.1687,)
+    mean = (0.4908,)
+    std = (0.1708,)
     source = "https://imagej.net/events/isbi-2012-segmentation-challenge"
     licence = "research use"
     citation = "Arganda-Carreras et al., Frontiers in Neuroanatomy 9 (2015)"
