@@ -81,11 +81,37 @@ class Trainer(L.Trainer):
             device = self.strategy.root_device
             analyse_network(model, ckpt_path, image, size, stages or (), device, Path(output_dir))
 
+    def check_data(
+        self,
+        model: None = None,
+        datamodule: datamodules.SegmentationDataModule | None = None,
+        output_dir: str = "check_data",
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Looks at every file of a data set, and says what training would meet; exit status 1 where it would fail.
 
-COMMANDS = (Trainer.receptive_field,)  # our own
+        Args:
+            model: none is needed.
+            datamodule: the data set.
+            output_dir: folder for a folder named after the data set, with a page of findings and ``found.yaml``.
+            ckpt_path: stands in the config.yaml of a run, and changes nothing.
+            weights_only: likewise.
+        """
+        from datamodules import check, check_page  # no other command needs them
+
+        assert datamodule is not None  # `NEEDS` says so
+        found = check.examine(datamodule)
+        check_page.report(found, Path(output_dir) / type(datamodule).__name__)
+        if found.failed:
+            raise SystemExit(1)
+
+
+COMMANDS = (Trainer.receptive_field, Trainer.check_data)  # our own
 NEEDS = {  # what a command cannot do without; what it does not name is left out of its config
     **dict.fromkeys(("fit", "validate", "test", "predict"), ("model", "data")),
     "receptive_field": ("model",),
+    "check_data": ("data",),
 }
 
 
@@ -127,6 +153,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what depends on earlier runs and on the W&B key, before anything is built."""
         config = self.config[self.subcommand]
+        if self.subcommand == "check_data":
+            config.ckpt_path = None  # stands in the config.yaml of a run
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
         folder = None
