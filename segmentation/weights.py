@@ -47,6 +47,8 @@ def read_weights(path: str, network: str) -> Weights:
         FileNotFoundError: if there is no such file.
         ValueError: if the file holds no state dict, or one of another architecture; the message names both.
     """
+    if path in ("imagenet", "coco"):
+        raise ValueError(f"weights: nobody has published '{path}' weights for this {network}: name a file, or null")
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: {path} is neither a file nor one of 'imagenet' and 'coco'")
     with torch.serialization.safe_globals(numpy_scalars()):
