@@ -29,6 +29,8 @@ class ADE20K(SegmentationDataModule):
         ADEChallengeData2016/images/{training,validation}/ADE_train_00000001.jpg
         ADEChallengeData2016/annotations/{training,validation}/ADE_train_00000001.png
 
+    Get it: `download` fetches it; about 1 GB, and as much while it unpacks.
+
     Args:
         root: folder that holds ``ADEChallengeData2016/``.
         **kwargs: see `SegmentationDataModule`; the test labels are not public, so `test_split` is ``val``.

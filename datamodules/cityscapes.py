@@ -17,6 +17,8 @@ class Cityscapes(SegmentationDataModule):
         gtFine/{train,val,test}/CITY/CITY_000000_000019_gtFine_labelIds.png
         gtCoarse/{train,val,train_extra}/CITY/CITY_000000_000019_gtCoarse_labelIds.png
 
+    Get it: cityscapes-dataset.com, with an account, so nothing is fetched for you; about 12 GB, coarse 57 GB.
+
     Args:
         root: folder that holds ``leftImg8bit/``.
         coarse: train on ``train_extra`` with coarse labels; validation stays fine.

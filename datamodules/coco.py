@@ -96,6 +96,8 @@ class COCO(SegmentationDataModule):
 
         train2017/  val2017/  annotations/instances_{train,val}2017.json
 
+    Get it: `download` fetches it; about 20 GB, and 18 GB more while the largest archive unpacks.
+
     Args:
         root: folder that holds them.
         classes: ``voc`` keeps the twenty classes of PASCAL VOC in its order, as torchvision's weights were trained:

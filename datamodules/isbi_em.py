@@ -44,6 +44,8 @@ class ISBIEM(SegmentationDataModule):
     of ``test-volume.tif`` are not public, so the last slices are held out; neighbours look alike, so they are the
     last ones and no random choice.
 
+    Get it: imagej.net/events/isbi-2012-segmentation-challenge, for research; 24 MB.
+
     Args:
         root: folder that holds the stacks or folders.
         held_out: how many of the last slices make up the split ``val``.

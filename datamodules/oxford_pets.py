@@ -15,6 +15,8 @@ class OxfordPets(SegmentationDataModule):
 
         oxford-iiit-pet/images/NAME.jpg  oxford-iiit-pet/annotations/{trimaps/NAME.png,trainval.txt,test.txt}
 
+    Get it: `download` fetches it; about 0.8 GB.
+
     Args:
         root: folder that holds ``oxford-iiit-pet/``.
         ignore_border: leave the border out instead, for background and pet alone.

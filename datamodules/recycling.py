@@ -25,6 +25,9 @@ class Recycling(COCO):
         train.json  val.json  batch_01_vt/0002.jpg  batch_02_vt/...
         annotations.json      batch_1/000006.JPG    batch_2/...
 
+    Get it: github.com/connectfoundation/naverconnect-dataset-trash (the whole, 21,818 photographs, 112 GB; the
+    challenge's 3,272 came at 512 x 512), tacodataset.org (1,500 photographs).
+
     Args:
         root: folder that holds the JSON files and batches.
         classes: names of categories in the JSON files, in the order of their labels after ``background``; what is

@@ -43,6 +43,8 @@ class VOC(SegmentationDataModule):
     or without a list ``trainaug.txt``), or SBD as its ``benchmark.tgz`` unpacks, ``benchmark_RELEASE/dataset/{img,
     cls,train.txt,val.txt}``: all images of VOC's and of SBD's lists but those of VOC's ``val``.
 
+    Get it: `download` fetches VOC, and SBD where `train_split` needs it; about 2 GB and 1.5 GB on disk.
+
     Args:
         root: folder that holds ``VOCdevkit/``.
         train_split: ``trainaug``, 10,582 images on which the papers train, or ``train``, 1,464.

@@ -31,6 +31,9 @@ class Wildfire(SegmentationDataModule):
         images/.../LC08_L1TP_124046_20200810_20200810_01_RT_p00367.tif
         masks/.../LC08_L1TP_124046_20200810_20200810_01_RT_Voting_p00367.tif
 
+    Get it: github.com/pereira-gha/activefire, or the challenge's archives from aifactory.space with an account; 1.3 MB
+    per patch, uncompressed.
+
     Neither has a public split, so a hash of the names shares them out; ActiveFire's by scene, since patches of one
     scene are neighbours.
 

@@ -152,7 +152,10 @@ class SegmentationModule(L.LightningModule):
             ValueError: if the channels are not `in_channels`.
         """
         if image.shape[1] != self.in_channels:
-            raise ValueError(f"the image has {image.shape[1]} channels, the model has in_channels {self.in_channels}")
+            raise ValueError(
+                f"the image has {image.shape[1]} channels, the model has in_channels {self.in_channels}: data.bands "
+                "says which are read"
+            )
         full_scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
         order = torch.channels_last if self.channels_last else torch.contiguous_format
         image = image.to(device=self.mean.device, dtype=torch.float32, memory_format=order)  # 65535 overflows in half
