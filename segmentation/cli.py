@@ -154,7 +154,7 @@ class CLI(LightningCLI):
         """Settle what depends on earlier runs and on the W&B key, before anything is built."""
         config = self.config[self.subcommand]
         if self.subcommand == "check_data":
-            config.ckpt_path = None  # stands in the config.yaml of a run
+            config.ckpt_path, config.trainer.accelerator = None, "cpu"  # of a run's config.yaml, and of no use here
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
         folder = None

@@ -1,0 +1,453 @@
+"""The data doctor: a clean tree passes, and every way to break one is found and named."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CLASSES, config, draw_tree, lightning
+from PIL import Image
+
+from datamodules import Folder, Sample, SyntheticScenes
+from datamodules.check import examine, median_frequency, yaml_block
+from datamodules.check_files import look_at
+from datamodules.check_page import page_html
+from segmentation.cli import main
+
+COUNTS = {"train": 6, "val": 3, "test": 2}
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> None:
+    Image.fromarray(pixels).save(path, **options)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def labels_of(root: Path, name: str) -> np.ndarray:
+    return np.array(Image.open(root / "masks" / f"{name}.png"))
+
+
+def each_mask(root: Path, change) -> None:
+    for path in root.glob("masks/*/*.png"):
+        save(path, change(np.array(Image.open(path))))
+
+
+def palette_mask(path: Path, colors: list[int]) -> None:
+    mask = Image.open(path)
+    mask.putpalette(colors + (768 - len(colors)) * [77])
+    mask.save(path)
+
+
+def rotated(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif, quality=95)
+
+
+def copy(source: Path, target: Path) -> None:
+    """The same pixels in another kind of file."""
+    target.unlink(missing_ok=True)
+    Image.open(source).save(target.with_suffix(".png" if target.suffix == ".jpg" else target.suffix))
+
+
+def resize(root: Path, name: str, size: tuple[int, int]) -> None:
+    for path in root.glob(f"*/{name}.*"):
+        Image.open(path).resize(size, Image.Resampling.NEAREST).save(path)
+
+
+COLORS = np.array([[0, 0, 0], [200, 0, 0], [0, 0, 200]], np.uint8)
+
+
+def colored(labels: np.ndarray) -> np.ndarray:
+    return COLORS[np.where(labels == 255, 0, labels)]
+
+
+def folder(root: Path, **replace) -> Folder:
+    return Folder(root, **({"class_names": CLASSES, "batch_size": 4} | replace))
+
+
+# name: (what to break in a fresh tree, arguments of Folder, severity, words of the finding, first file or None)
+CASES = {
+    "image without mask": (
+        lambda r: (r / "masks/train/03.png").unlink(), {}, "error",
+        ["1 file without a partner", "03.jpg has no partner"], "images/train/03.jpg",
+    ),
+    "mask without image": (
+        lambda r: (r / "images/val/02.jpg").unlink(), {}, "error",
+        ["1 file without a partner", "02.png has no partner"], "masks/val/02.png",
+    ),
+    "two images of one name": (
+        lambda r: Image.open(r / "images/train/03.jpg").save(r / "images/train/03.png"), {}, "error",
+        ["13 files without a partner", "Two files are called", "train/03: keep one"], "images/train/03.jpg",
+    ),
+    "truncated image": (
+        lambda r: truncate(r / "images/train/02.jpg"), {}, "error", ["1 file that cannot be read", "truncated"],
+        "images/train/02.jpg",
+    ),
+    "truncated mask": (
+        lambda r: truncate(r / "masks/val/00.png"), {}, "error", ["cannot be read as a mask"], "masks/val/00.png"
+    ),
+    "no picture": (
+        lambda r: (r / "images/val/01.jpg").write_text("no"), {}, "error", ["cannot be read"], "images/val/01.jpg"
+    ),
+    "sizes differ": (
+        lambda r: save(r / "masks/train/05.png", np.zeros((40, 64), np.uint8)), {}, "error",
+        ["1 mask of another size", "05.png is 64 x 40 pixels, its image 64 x 48"], "masks/train/05.png",
+    ),
+    "image turned by EXIF": (
+        lambda r: rotated(r / "images/train/01.jpg", 6), {}, "error", ["64 x 48 pixels, its image 48 x 64", "EXIF"],
+        "masks/train/01.png",
+    ),
+    "image upside down by EXIF": (
+        lambda r: rotated(r / "images/train/01.jpg", 3), {}, "warning", ["1 image turned or mirrored", "EXIF"],
+        "images/train/01.jpg",
+    ),
+    "value without a class": (
+        lambda r: save(r / "masks/val/01.png", np.full((48, 64), 7, np.uint8)), {}, "error",
+        ["1 mask with values that stand for none of the 3 classes, 7 (100 %)", "void_values"], "masks/val/01.png",
+    ),
+    "smoothed masks": (
+        lambda r: save(r / "masks/val/01.png", np.arange(48 * 64).reshape(48, 64).astype(np.uint8)), {}, "error",
+        ["and 244 more", "JPEG or smoothing"], "masks/val/01.png",
+    ),
+    "masks of 0 and 255": (
+        lambda r: each_mask(r, lambda m: ((m == 1) * 255).astype(np.uint8)), {"class_names": ["a", "b"]}, "error",
+        ["0 and 255 only", "label_map: {0: 0, 255: 1}"], "masks/train/00.png",
+    ),
+    "masks in colours": (
+        lambda r: each_mask(r, colored), {}, "error",
+        ["11 masks in colours that stand for no class", "(0, 0, 0) (8", "data.palette"], "masks/train/00.png",
+    ),
+    "a colour too many": (
+        lambda r: (each_mask(r, colored), save(r / "masks/val/02.png", np.full((48, 64, 3), [9, 8, 7], np.uint8))),
+        {"palette": COLORS.tolist()}, "error", ["1 mask in colours", "(9, 8, 7) (100 %)", "void_colors"],
+        "masks/val/02.png",
+    ),
+    "masks in known colours": (
+        lambda r: each_mask(r, colored), {"palette": COLORS.tolist()}, "note", ["11 masks in colour, read by the 3"],
+        "masks/train/00.png",
+    ),
+    "palette masks": (
+        lambda r: palette_mask(r / "masks/train/01.png", [9, 9, 9, 200, 30, 0]), {}, "note",
+        ["1 mask with a palette, read by index"], "masks/train/01.png",
+    ),
+    "palettes that differ": (
+        lambda r: (palette_mask(r / "masks/train/01.png", [9, 9, 9, 200, 30, 0]),
+                   palette_mask(r / "masks/train/04.png", [200, 30, 0, 9, 9, 9])),
+        {}, "warning", ["1 palette mask whose palette differs"], "masks/train/04.png",
+    ),
+    "mixed mask modes": (
+        lambda r: palette_mask(r / "masks/train/01.png", [9, 9, 9]), {}, "warning",
+        ["different modes among the masks: 10 L, 1 P"], "masks/train/01.png",
+    ),
+    "mixed image modes": (
+        lambda r: Image.open(r / "images/val/02.jpg").convert("L").save(r / "images/val/02.jpg"), {}, "warning",
+        ["different modes among the images: 10 RGB, 1 L"], "images/val/02.jpg",
+    ),
+    "16 bits": (
+        lambda r: ((r / "images/val/02.jpg").unlink(),
+                   save(r / "images/val/02.png", np.arange(48 * 64, dtype=np.uint16).reshape(48, 64))),
+        {}, "note", ["1 image of more than 8 bits, read as 8", "data.bands"], "images/val/02.png",
+    ),
+    "different types": (
+        lambda r: ((r / "images/val/02.jpg").unlink(),
+                   save(r / "images/val/02.png", np.arange(48 * 64, dtype=np.uint16).reshape(48, 64))),
+        {"bands": [0]}, "error", ["different types", "10 uint8, 1 uint16"], "images/val/02.png",
+    ),
+    "not a number": (
+        lambda r: ((r / "images/val/02.jpg").unlink(),
+                   np.save(r / "images/val/02.npy", np.full((1, 48, 64), np.nan, np.float32))),
+        {"bands": [0]}, "error", ["1 image with values that are no numbers"], "images/val/02.npy",
+    ),
+    "empty split": (
+        lambda r: [path.unlink() for path in r.glob("*/val/*")], {}, "error", ["the split 'val' is empty"], None
+    ),
+    "missing split": (
+        lambda r: (r / "images/val").rename(r / "images/other"), {}, "error",
+        ["'val' is missing", "does not exist"], None,
+    ),
+    "missing test split": (
+        lambda r: [(r / kind / "test").rename(r / kind / "other") for kind in ("images", "masks")], {}, "warning",
+        ["there is no split 'test'", "data.test_split: val"], None,
+    ),
+    "fewer images than a batch": (
+        None, {"batch_size": 8}, "error", ["6 training images, fewer than one batch of 8", "batch_size"], None
+    ),
+    "mixed sizes in a batch of evaluation": (
+        lambda r: resize(r, "val/01", (32, 40)), {"eval_batch_size": 2}, "error",
+        ["'val' has images of 2 sizes", "eval_batch_size: 1"], "images/val/01.jpg",
+    ),
+    "mixed sizes without a crop": (
+        lambda r: resize(r, "train/01", (32, 40)), {}, "error", ["'train' has images of 2 sizes", "data.crop_size"],
+        "images/train/01.jpg",
+    ),
+    "smaller than the crop": (
+        lambda r: resize(r, "train/01", (32, 40)), {"crop_size": [44, 60]}, "warning",
+        ["1 training image smaller than the crop of 60 x 44"], "images/train/01.jpg",
+    ),
+    "class nowhere": (None, {"class_names": [*CLASSES, "cloud"]}, "warning", ["the class cloud is in no mask"], None),
+    "class never in training": (
+        lambda r: [save(p, np.minimum(np.array(Image.open(p)), 1)) for p in r.glob("masks/train/*")], {}, "warning",
+        ["the class bar is in 'val' but never in 'train'"], "masks/val/00.png",
+    ),
+    "class never in validation": (
+        lambda r: [save(p, np.minimum(np.array(Image.open(p)), 1)) for p in r.glob("masks/val/*")], {}, "note",
+        ["the class bar is never in 'val'"], None,
+    ),
+    "nothing labelled": (
+        lambda r: [save(p, np.full((48, 64), 255, np.uint8)) for p in r.glob("masks/train/*")], {}, "error",
+        ["no pixel of the training masks has a class"], "masks/train/00.png",
+    ),
+    "a mask without labels": (
+        lambda r: save(r / "masks/train/02.png", np.full((48, 64), 255, np.uint8)), {}, "warning",
+        ["1 mask in which every pixel is ignored"], "masks/train/02.png",
+    ),
+    "an image of one colour": (
+        lambda r: save(r / "images/train/02.jpg", np.full((48, 64, 3), 90, np.uint8)), {}, "warning",
+        ["1 image of one single colour"], "images/train/02.jpg",
+    ),
+    "very unequal": (
+        lambda r: [save(p, np.eye(48, 64, dtype=np.uint8) * (p.name == "00.png")) for p in r.glob("masks/*/*")],
+        {"class_names": CLASSES[:2]}, "warning",
+        ["very unequal", "disc 0.26 %", "ground 99.7 %", "class_weights"], None,
+    ),
+    "the same picture twice": (
+        lambda r: (copy(r / "images/train/01.jpg", r / "images/train/04.jpg"),
+                   copy(r / "masks/train/01.png", r / "masks/train/04.png")),
+        {}, "warning", ["1 picture more than once in one split", "train/04.png is", "train/01.jpg"],
+        "images/train/01.jpg",
+    ),
+    "the same picture in two splits": (
+        lambda r: copy(r / "images/train/01.jpg", r / "images/val/00.jpg"), {}, "warning",
+        ["LEAK: 1 picture also in another split", "val/00.png is", "train/01.jpg"], "images/train/01.jpg",
+    ),
+    "the same picture with two masks": (
+        lambda r: copy(r / "images/train/01.jpg", r / "images/val/00.jpg"), {}, "warning",
+        ["1 picture with different masks"], "images/train/01.jpg",
+    ),
+    "no class names": (
+        None, {"class_names": None}, "error", ["nothing names the classes", "data.class_names", "the 3"], None
+    ),
+    "cache beyond its budget": (
+        None, {"cache": "memory", "cache_budget": 1e-5}, "warning", ["data.cache: memory needs"], None
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_broken_tree_is_found_out(tmp_path, name):
+    spoil, arguments, severity, words, file = CASES[name]
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    if spoil is not None:
+        spoil(root)
+    found = examine(folder(root, **arguments), workers=2)
+    hits = [f for f in found.findings if all(word in str(f) for word in words)]
+    assert len(hits) == 1 and hits[0].severity == severity, "\n".join(map(str, found.findings))
+    assert (hits[0].files[0] == str(root / file)) if file else not hits[0].files
+    assert found.verdict.startswith("Training would fail: " if found.failed else "Ready to train")
+    assert found.failed == (severity == "error"), found.verdict
+    if name == "masks in colours":
+        assert "# palette: [[0, 0, 0], [0, 0, 200], [200, 0, 0]]" in yaml_block(found)
+    page = page_html(found)
+    assert "<script" not in page and 'src="http' not in page
+    block = yaml.safe_load(yaml_block(found))
+    Folder(**block["data"]["init_args"])
+
+
+def test_a_clean_tree_is_ready(tree, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["check_data", "--config", str(config(tmp_path, tree))])  # no SystemExit: status 0
+    printed = capsys.readouterr().out
+    assert "Ready to train." in printed and "error:" not in printed and "warning:" not in printed
+    page = (tmp_path / "check_data/Folder/index.html").read_text()
+    assert "Ready to train." in page and page.count("data:image/png;base64") == 9
+    assert all(name in page for name in CLASSES) and "num_classes: 3" in page
+    found = yaml.safe_load((tmp_path / "check_data/Folder/found.yaml").read_text())
+    assert found == yaml.safe_load(printed.partition("\n\nmodel:")[2].partition("\n\n")[0].join(["model:", ""]))
+    assert found["data"]["init_args"]["crop_size"] == [32, 32]
+    assert found["data"]["init_args"]["palette"] == [[10, 20, 30], [200, 0, 0], [0, 0, 200]]
+
+
+def test_shares_mean_std_and_weights_are_those_of_numpy(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    found = examine(folder(root), workers=1)
+    masks = [np.array(Image.open(path)) for path in sorted(root.glob("masks/train/*"))]
+    images = np.stack([np.array(Image.open(path)) for path in sorted(root.glob("images/train/*"))]) / 255
+    np.testing.assert_allclose(found.mean, images.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(found.std, images.std(axis=(0, 1, 2)), rtol=1e-9)
+    pixels = [sum((mask == k).sum() for mask in masks) for k in (0, 1, 2, 255)]
+    assert found.pixels["train"].tolist() == [*pixels, 0]
+    np.testing.assert_allclose(found.shares("train"), np.array(pixels[:3]) / sum(pixels[:3]))
+    around = [sum((mask != 255).sum() for mask in masks if (mask == k).any()) for k in range(3)]
+    frequency = np.array(pixels[:3]) / around
+    np.testing.assert_allclose(found.weights, np.median(frequency) / frequency)
+    assert found.images.tolist() == [sum((mask == k).any() for mask in masks) for k in range(3)]
+
+
+def test_median_frequency_by_hand():
+    """Class 0: 90 of 200 pixels, class 1: 10 of 100, class 2: 100 of 100 of the images that hold it, class 3: none."""
+    counts = np.array([[90, 10, 0, 0], [0, 0, 100, 0], [60, 40, 0, 0]])
+    np.testing.assert_allclose(median_frequency(counts), [1, 0.75 / 0.25, 0.75, 1])
+    assert median_frequency(np.zeros((2, 3))).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.float32])
+def test_deep_bands_are_scaled_by_their_own_range(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    root = draw_tree(tmp_path / "tree", {"train": 3, "val": 1})
+    arrays = []
+    for path in [*root.glob("images/*/*.jpg")]:
+        array = rng.random((2, 48, 64)).astype(np.float32) if dtype == np.float32 else rng.integers(
+            0, np.iinfo(dtype).max, (2, 48, 64), dtype, endpoint=True)  # fmt: skip
+        np.save(path.with_suffix(".npy"), array)
+        arrays += [array] if path.parent.name == "train" else []
+        path.unlink()
+    found = examine(folder(root, bands=[0, 1], batch_size=2, test_split="val"))
+    assert not found.failed
+    scaled = np.stack(arrays).astype(np.float64) / (1 if dtype == np.float32 else np.iinfo(dtype).max)
+    np.testing.assert_allclose(found.mean, scaled.mean(axis=(0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(found.std, scaled.std(axis=(0, 2, 3)), rtol=1e-6)
+    assert "in_channels: 2" in yaml_block(found)
+
+
+def test_the_block_mends_masks_of_0_and_255(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: ((mask == 1) * 255).astype(np.uint8))
+    found = examine(Folder(root, batch_size=4))
+    assert found.failed and found.data.class_names == ["background", "foreground"]
+    block = yaml.safe_load(yaml_block(found))
+    assert block["model"]["init_args"]["num_classes"] == 2
+    assert block["data"]["init_args"]["label_map"] == {0: 0, 255: 1}
+    again = examine(Folder(root, batch_size=4, **block["data"]["init_args"]))
+    assert not again.failed and again.weights.tolist() == found.weights.tolist()
+    assert yaml_block(again) == yaml_block(found)
+
+
+def test_the_block_names_values_with_gaps(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: np.array([3, 7, 40], np.uint8)[np.minimum(mask, 2)])
+    found = examine(Folder(root, void_values=[3], batch_size=4))
+    block = yaml.safe_load(yaml_block(found))["data"]["init_args"]
+    assert block["class_names"] == ["7", "40"] and block["label_map"] == {7: 0, 40: 1} and block["void_values"] == [3]
+    assert not examine(Folder(root, batch_size=4, **block)).failed
+
+
+def test_the_block_takes_the_colours_of_palette_masks(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    for path in root.glob("masks/*/*.png"):
+        palette_mask(path, [9, 9, 9, 200, 30, 0, 0, 40, 210])
+    block = yaml.safe_load(yaml_block(examine(Folder(root, batch_size=4))))["data"]["init_args"]
+    assert block["palette"] == [[9, 9, 9], [200, 30, 0], [0, 40, 210]]
+
+
+def test_the_block_names_colours(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, colored)
+    found = examine(Folder(root, batch_size=4))
+    assert not found.failed  # Folder takes each colour as a class
+    block = yaml.safe_load(yaml_block(found))["data"]["init_args"]
+    assert block["class_names"] == ["#000000", "#0000c8", "#c80000"] and block["void_values"] == []
+    again = examine(Folder(root, batch_size=4, **block))
+    assert not again.failed and again.pixels["train"].tolist() == found.pixels["train"].tolist()
+
+
+def test_colours_smoothed_by_jpeg_are_no_classes_but_the_common_ones_are_named(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    for path in root.glob("masks/*/*.png"):
+        Image.fromarray(colored(np.array(Image.open(path)))).save(path.with_suffix(".jpg"), quality=60)
+        path.unlink()
+    found = examine(Folder(root, batch_size=4))
+    assert found.failed and any("JPEG or smoothing" in str(f) for f in found.findings)
+    assert "#000000" in found.data.class_names
+
+
+def test_a_test_split_alone_does_not_stop_training(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    truncate(root / "images/test/01.jpg")
+    found = examine(folder(root))
+    assert found.failed and found.verdict.startswith("The test would fail: 1 file that cannot be read")
+    assert not examine(folder(root, test_split="val")).failed
+
+
+def test_published_counts_are_compared(tmp_path):
+    data = folder(draw_tree(tmp_path / "tree", COUNTS))
+    data.expected_counts = {"train": 7, "val": 3}
+    assert [str(f) for f in examine(data).findings] == ["'train' has 6 images, 7 are published"]
+
+
+def test_drawn_data_needs_no_files(tmp_path):
+    found = examine(SyntheticScenes(size=(32, 48), num_train=8, num_val=4, num_test=4, batch_size=8))
+    assert not found.failed and len(found.facts) == 16 and found.of("train")[0].file() == "train_00000"
+    assert "class_names" not in yaml_block(found)  # they are the data set's own
+    assert page_html(found).count("data:image/png") >= 8
+
+
+def test_many_samples_of_one_file_are_told_apart(tmp_path):
+    class Page(Sample):
+        def read(self):
+            return torch.zeros(3, 4, 4, dtype=torch.uint8), None
+
+    (tmp_path / "volume.tif").write_bytes(b"")
+    assert look_at("train", Page("slice_03", tmp_path / "volume.tif")).file() == f"{tmp_path / 'volume.tif'} (slice_03)"
+
+
+def test_any_error_of_a_reader_is_a_finding(tmp_path):
+    class Odd(Sample):
+        def read(self):
+            raise KeyError("label")
+
+    facts = look_at("val", Odd("a"))
+    assert facts.problem == "unreadable" and facts.reason == "a cannot be read (KeyError: 'label')"
+
+
+def test_the_page_escapes_names(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    (root / "images/train/03.jpg").rename(root / "images/train/<b>&.jpg")
+    (root / "masks/train/03.png").unlink()
+    page = page_html(examine(folder(root, class_names=["<i>", "disc", "bar"])))
+    assert "<b>&" not in page and "&lt;b&gt;&amp;.jpg" in page and "&lt;i&gt;" in page and "<i>" not in page
+
+
+def test_sizes_are_drawn(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    resize(root, "train/01", (32, 40))
+    found = examine(folder(root, crop_size=32))
+    assert not found.failed
+    page = page_html(found)
+    assert "32 x 40 to 64 x 48" in page and 'alt="sizes of the images"' in page
+
+
+def test_the_command_fails_where_training_would(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        main(["check_data", "--data", "Folder", "--data.root", str(tree), "--output_dir", "out"])
+    assert status.value.code == 1
+    printed = capsys.readouterr().out
+    assert "Training would fail: nothing names the classes" in printed
+    assert (tmp_path / "out/Folder/index.html").is_file()
+    with pytest.raises(SystemExit) as status:
+        main(["check_data", "--data", "Folder", "--data.root", str(tmp_path / "nowhere")])
+    assert status.value.code == 1
+    assert re.search(r"error: data.root \S+nowhere does not exist", capsys.readouterr().err)
+    with pytest.raises(SystemExit) as status:
+        main(["check_data"])
+    assert status.value.code == 2 and "no data given" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_mends_a_config(tmp_path):
+    """found.yaml as one more --config, and a run's config with its keys."""
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: ((mask == 1) * 255).astype(np.uint8))
+    file = config(tmp_path, root, class_names="class_names: [a, b]", palette="palette: null")
+    file.write_text(file.read_text() + "ckpt_path: gone.ckpt\nweights_only: null\n")
+    done = lightning("check_data", "--config", file, cwd=tmp_path)
+    assert done.returncode == 1 and "Training would fail: the training masks hold 0 and 255 only" in done.stdout
+    assert "Traceback" not in done.stderr
+    more = tmp_path / "check_data/Folder/found.yaml"
+    done = lightning("check_data", "--config", file, "--config", more, cwd=tmp_path)
+    assert done.returncode == 0 and "Ready to train" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "logs").exists()
