@@ -1,10 +1,22 @@
-"""Every config is complete: it parses, states its header, and trains the network that it names."""
+"""Every config is complete: it parses, states its header, and trains the network that it names on the data it names."""
 
-import numpy as np
+import functools
+from pathlib import Path
+
 import pytest
 import yaml
-from conftest import PROJECT, column
-from PIL import Image
+from conftest import PROJECT, column, rows
+from trees import (
+    draw_ade20k,
+    draw_cityscapes,
+    draw_isbi_em,
+    draw_voc,
+    draw_voc_aug,
+    draw_wildfire,
+    labels,
+    picture,
+    save,
+)
 
 import datamodules
 import segmentation
@@ -42,13 +54,14 @@ def test_config_is_complete(file, parser):
     lines = file.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:4]) and not lines[4].startswith("#")
     assert f"configs/{file.name}" in lines[2] or file.stem in lines[2]
+    assert max(len(line) for line in lines) <= 120
     assert list(yaml.safe_load(file.read_text())) == ["seed_everything", "trainer", "model", "data"]
     config = parser(file)
     names = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
     assert names[:2] == ["ModelCheckpoint", "ModelCheckpoint"] and names[-1] == "Report"
     assert config.trainer.logger[0].init_args.name == file.stem
-    data = config.data.init_args
-    classes = getattr(data, "class_names", None) or datamodules.SyntheticScenes.class_names
+    facts = getattr(datamodules, config.data.class_path.rpartition(".")[2])
+    classes = getattr(config.data.init_args, "class_names", None) or facts.class_names
     assert max(2, config.model.init_args.num_classes) == len(classes)  # one logit tells two classes apart
 
 
@@ -73,20 +86,58 @@ def test_every_architecture_has_a_config_for_camvid():
     assert classes == set(segmentation.__all__) - {"SegmentationModule"}
 
 
+SIDES = (200, 200)
+
+
+def draw_folder(root: Path, classes: int) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            save(root / f"images/{split}/{i}.png", picture(i, SIDES))
+            save(root / f"masks/{split}/{i}.png", labels(i, range(classes), SIDES))
+
+
+def draw_voc_and_aug(root: Path) -> None:
+    names = [f"2007_{i:06d}" for i in range(4)]
+    draw_voc(root, names, ["2007_000032", "2007_000033"], SIDES)
+    draw_voc_aug(root, names, SIDES)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A folder of blocky pictures in as many classes as CamVid has, and one of two."""
-    folder, rng = tmp_path_factory.mktemp("drawn"), np.random.RandomState(0)
-    for classes in (2, 11):
-        for split, count in (("train", 4), ("val", 2)):
-            for kind in ("images", "masks"):
-                (folder / str(classes) / kind / split).mkdir(parents=True)
-            for i in range(count):
-                labels = rng.randint(0, classes, (25, 25)).repeat(8, 0).repeat(8, 1).astype(np.uint8)  # 200 x 200
-                image = (labels[..., None] * 20 + rng.randint(0, 40, (200, 200, 3))).astype(np.uint8)
-                Image.fromarray(image).save(folder / str(classes) / "images" / split / f"{i}.png")
-                Image.fromarray(labels).save(folder / str(classes) / "masks" / split / f"{i}.png")
-    return folder
+    """A function that gives the root of a small tree in the layout of a data class, drawn once."""
+    draw = {
+        "Folder": draw_folder,
+        "VOC": lambda root, _: draw_voc_and_aug(root),
+        "Cityscapes": lambda root, _: draw_cityscapes(root, 4, 2, SIDES),
+        "ADE20K": lambda root, _: draw_ade20k(root, 4, 2, SIDES),
+        "ISBIEM": lambda root, _: draw_isbi_em(root, 8, SIDES[0]),  # four are held out
+        "Wildfire": lambda root, _: draw_wildfire(root),
+    }
+
+    @functools.cache
+    def root(data_class: str, classes: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp(data_class)
+        draw[data_class](folder, classes)
+        return folder
+
+    return root
+
+
+# The learning rates with which a paper starts, where they differ by kind of parameter; norms are trained like weights.
+DEEPLAB_V1 = {"backbone_weight": 1e-3, "backbone_bias": 2e-3, "head_weight": 1e-2, "head_bias": 2e-2}
+DEEPLAB_V2 = {"backbone_weight": 2.5e-4, "head_weight": 2.5e-3, "head_bias": 5e-3}  # batch norm is frozen
+PSPNET = {"backbone_weight": 1e-2, "backbone_norm": 1e-2, "head_weight": 1e-1, "head_norm": 1e-1, "head_bias": 1e-1}
+RATES = {
+    "deeplabv1_voc": DEEPLAB_V1,
+    "deeplabv2_voc": DEEPLAB_V2,
+    "deeplabv2_voc_vgg16": DEEPLAB_V1,
+    "deeplabv2_cityscapes": DEEPLAB_V2,
+    "fcn_voc": {"backbone_weight": 2e-5, "backbone_bias": 4e-5, "head_weight": 2e-5, "head_bias": 4e-5},
+    "pspnet_voc": PSPNET,
+    "pspnet_cityscapes": PSPNET,
+    "pspnet_ade20k": PSPNET,
+    "maskformer_ade20k": {"backbone_weight": 1e-5, "head_weight": 1e-4, "head_bias": 1e-4, "head_norm": 1e-4},
+}
 
 
 @pytest.mark.slow
@@ -98,23 +149,32 @@ def test_config_trains(file, drawn, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(file.read_text())
-    model, data = config["model"], config["data"]
+    trainer, model, data = config["trainer"], config["model"], config["data"]
+    valid = model["init_args"].get("padding") == "valid"
     shrink = {
         "trainer.logger": "CSVLogger", "trainer.logger.save_dir": "logs", "trainer.logger.name": "run",
-        "trainer.accelerator": "cpu", "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1,
-        "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 2, "trainer.log_every_n_steps": 1,
-        "trainer.enable_progress_bar": "false", "model.base_channels": 8, "data.num_workers": 0, "data.batch_size": 2,
+        "trainer.accelerator": "cpu", "trainer.max_epochs": 1, "trainer.log_every_n_steps": 1,
+        "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 2, "trainer.num_sanity_val_steps": 0,
+        "trainer.enable_progress_bar": "false", "model.base_channels": 8,
+        "data.num_workers": 0, "data.batch_size": 2, "data.crop_size": 188 if valid else 64,
     }  # fmt: skip
+    if trainer.get("check_val_every_n_epoch", 1) is None:  # validates every so many steps, of any epoch
+        shrink["trainer.val_check_interval"] = 2
+    else:
+        shrink |= {"trainer.val_check_interval": 1.0, "trainer.check_val_every_n_epoch": 1}
     if "weights" in model["init_args"]:
         shrink["model.weights"] = "null"
-    if data["class_path"] == "Folder":
-        valid = model["init_args"].get("padding") == "valid"
-        shrink |= {"data.root": drawn / str(len(data["init_args"]["class_names"])), "data.test_split": "val"}
-        shrink["data.crop_size"] = 188 if valid else 64
+    if data["class_path"].startswith("Synthetic"):
+        shrink |= {"data.size": f"[{SIDES[0]},{SIDES[1]}]", "data.num_train": 4, "data.num_val": 2, "data.num_test": 2}
+    elif data["class_path"] == "Folder":
+        shrink |= {"data.root": drawn("Folder", len(data["init_args"]["class_names"])), "data.test_split": "val"}
     else:
-        shrink |= {"data.num_train": 4, "data.num_val": 2, "trainer.val_check_interval": 1.0}
+        shrink["data.root"] = drawn(data["class_path"])
     arguments = [text for key, value in shrink.items() for text in (f"--{key}", str(value))]
     main(["fit", "--config", str(file), *arguments])
     run = tmp_path / "logs/run/version_0"
     assert all(0 < value < 1e6 for value in column(run, "train/loss")) and len(column(run, "val/miou")) == 1
     assert (run / "checkpoints/best.ckpt").is_file() and (run / "checkpoints/last.ckpt").is_file()
+    if file.stem in RATES:
+        columns = [key for key in rows(run)[0] if key.startswith("lr-")]
+        assert {key.rpartition("/")[2]: column(run, key)[0] for key in columns} == pytest.approx(RATES[file.stem])

@@ -7,9 +7,22 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import draw_pair
 from PIL import Image
 from pycocotools import mask as rle
+from trees import (
+    HEIGHT,
+    WIDTH,
+    draw_ade20k,
+    draw_cityscapes,
+    draw_isbi_em,
+    draw_voc,
+    draw_wildfire,
+    em_slices,
+    labels,
+    picture,
+    save,
+    wildfire_patch,
+)
 
 from datamodules import (
     ADE20K,
@@ -27,26 +40,6 @@ from datamodules import (
 )
 from datamodules.base import SegmentationDataModule
 from datamodules.coco import CLASSES, VOC_CLASSES
-
-HEIGHT, WIDTH = 40, 52
-
-
-def save(path: Path, pixels: np.ndarray, **options) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".tif":
-        tifffile.imwrite(path, pixels, **options)
-    else:
-        Image.fromarray(pixels).save(path, **options)
-
-
-def picture(seed: int) -> np.ndarray:
-    return draw_pair(seed, HEIGHT, WIDTH)[0]
-
-
-def labels(seed: int, values: list[int]) -> np.ndarray:
-    """Columns of the given values: every one occurs."""
-    columns = np.random.RandomState(seed).permutation(np.resize(values, WIDTH))
-    return np.tile(columns.astype(np.uint8), (HEIGHT, 1))
 
 
 def read(data: SegmentationDataModule, split: str, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,20 +66,6 @@ def test_facts_are_stated(cls):
 
 
 # PASCAL VOC
-
-
-def draw_voc(root: Path) -> None:
-    base = root / "VOCdevkit/VOC2012"
-    lists = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033"]}
-    for name in [*lists["train"], *lists["val"]]:
-        save(base / f"JPEGImages/{name}.jpg", picture(1))
-        mask = Image.fromarray(labels(1, [0, 15, 20, 255]))
-        mask.putpalette([*np.array(VOC.palette).flatten().tolist(), *[7] * (3 * 235)])
-        (base / "SegmentationClass").mkdir(exist_ok=True)
-        mask.save(base / f"SegmentationClass/{name}.png")
-    (base / "ImageSets/Segmentation").mkdir(parents=True)
-    for split, names in lists.items():
-        (base / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
 
 
 def test_voc_train_and_val(tmp_path):
@@ -135,17 +114,13 @@ def test_voc_trainaug_from_a_folder_with_or_without_its_list(tmp_path):
 
 @pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
 def test_cityscapes(tmp_path, kind):
-    for split in ("train", "val"):
-        stem = f"aachen/aachen_00000{split == 'val':d}_000019"
-        save(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", picture(1))
-        save(tmp_path / f"gtFine/{split}/{stem}_gtFine_labelIds.png", labels(1, [*range(34), 255]))
-        save(tmp_path / f"gtFine/{split}/{stem}_gtFine_labelTrainIds.png", labels(1, [*range(19), 255]))
+    draw_cityscapes(tmp_path)
     data = Cityscapes(tmp_path, labels=kind, batch_size=1)
     image, mask = read(data, "train")
     assert image.shape == (3, HEIGHT, WIDTH) and set(mask.unique().tolist()) == {*range(19), 255}
     assert data.samples("train")[0].name == "aachen/aachen_000000_000019"
     if kind == "labelIds":  # of the labels' table: 7 road, 26 car, 33 bicycle, 3 out of roi, 14 guard rail
-        stored = torch.from_numpy(labels(1, [*range(34), 255]))
+        stored = torch.from_numpy(labels(0, [*range(34), 255]))
         assert [mask[stored == i].unique().tolist() for i in (7, 26, 33, 3, 14)] == [[0], [13], [18], [255], [255]]
 
 
@@ -160,10 +135,7 @@ def test_cityscapes_coarse(tmp_path):
 
 
 def test_ade20k(tmp_path):
-    for folder in ("training", "validation"):
-        base = tmp_path / "ADEChallengeData2016"
-        save(base / f"images/{folder}/ADE_{folder}_00000001.jpg", picture(1))
-        save(base / f"annotations/{folder}/ADE_{folder}_00000001.png", labels(1, [0, 1, 150]))
+    draw_ade20k(tmp_path)
     data = ADE20K(tmp_path, batch_size=1)
     _, mask = read(data, "train")
     assert set(mask.unique().tolist()) == {255, 0, 149} and len(data.class_names) == 150
@@ -200,15 +172,9 @@ def test_oxford_pets_as_torchvision_reads_it(tmp_path):
 # ISBI EM
 
 
-def draw_em(count: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.RandomState(0)
-    return rng.randint(0, 256, (count, 32, 32)).astype(np.uint8), (rng.rand(count, 32, 32) > 0.2).astype(np.uint8) * 255
-
-
 def test_isbi_em_as_stacks_and_as_folders(tmp_path):
-    volume, masks = draw_em(30)
-    save(tmp_path / "stacks/train-volume.tif", volume)
-    save(tmp_path / "stacks/train-labels.tif", masks)
+    draw_isbi_em(tmp_path / "stacks")
+    volume, masks = em_slices(30)
     for i in range(30):
         for folder, kind in (("png/images", volume), ("png/masks", masks), ("keras/train/image", volume)):
             save(tmp_path / folder / f"{i}.png", kind[i])
@@ -226,25 +192,17 @@ def test_isbi_em_as_stacks_and_as_folders(tmp_path):
 # Wildfire
 
 
-def patch(seed: int) -> np.ndarray:
-    return np.random.RandomState(seed).randint(5000, 60000, (256, 256, 10)).astype(np.uint16)
-
-
 @pytest.mark.parametrize("nested", ["", "/train_{}"])
 def test_wildfire_of_the_challenge(tmp_path, nested):
-    for i in range(10):
-        save(tmp_path / f"train_img{nested.format('img')}/train_img_{i}.tif", patch(i))
-        save(
-            tmp_path / f"train_mask{nested.format('mask')}/train_mask_{i}.tif", (patch(i)[..., 0] > 40000).astype("u1")
-        )
+    draw_wildfire(tmp_path, nested=nested)
     data = Wildfire(tmp_path, batch_size=2, crop_size=64, scale_range=(0.8, 1.2), num_workers=0)
     data.setup("fit")
     assert (len(data.datasets["train"]), len(data.datasets["val"]), data.in_channels) == (8, 1, 3)
     number = int(data.datasets["train"].samples[0].name)
     image, mask = data.datasets["train"].read(0)
     assert image.dtype == torch.uint16
-    assert np.array_equal(image, patch(number)[..., [6, 5, 1]].transpose(2, 0, 1))  # bands 7, 6, 2
-    assert np.array_equal(mask, patch(number)[..., 0] > 40000)
+    assert np.array_equal(image, wildfire_patch(number)[..., [6, 5, 1]].transpose(2, 0, 1))  # bands 7, 6, 2
+    assert np.array_equal(mask, wildfire_patch(number)[..., 0] > 40000)
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].dtype == torch.uint16 and batch["image"].shape == (2, 3, 64, 64)
 
