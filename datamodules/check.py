@@ -8,7 +8,7 @@ import copy
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -193,9 +193,9 @@ def yaml_block(found: Examination) -> str:
     model: dict[str, Any] = {"num_classes": data.num_classes}
     if found.mean:
         model |= {"in_channels": len(found.mean)} if len(found.mean) != 3 else {}
-        model |= {"mean": [round(m, 4) for m in found.mean], "std": [round(s, 4) for s in found.std]}
+        model |= {"mean": digits(found.mean), "std": digits(found.std)}
     if not found.given.border_weight and found.images.any():
-        model["class_weights"] = [float(f"{w:.4g}") for w in found.weights]
+        model["class_weights"] = digits(found.weights)
     values: dict[str, Any] = {"class_names": [str(name) for name in data.class_names]}
     if [*map(tuple, data.palette)] != voc_palette(data.num_classes):
         values["palette"] = [[int(value) for value in color] for color in data.palette]
@@ -215,6 +215,11 @@ def yaml_block(found: Examination) -> str:
         listed = [[*color] for color, _ in colors.most_common(data.num_classes)]
         lines += [line("# palette", listed, "the colours found, by share: bring them into the order of class_names")]
     return "\n".join(lines)
+
+
+def digits(values: Iterable[float]) -> list[float]:
+    """Numbers with four digits, however small: dark scenes use a hundredth of 16 bits."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def line(key: str, value: Any, comment: str | None = None) -> str:

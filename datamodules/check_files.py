@@ -69,7 +69,8 @@ class Facts:
             path = self.sample.mask if path == image else image
         if path is None:
             return name
-        return str(path) if image is not None and image.stem in name.rpartition("/")[2] else f"{path} ({name})"
+        own = image is not None and (image.stem in name or name.rpartition("/")[2] in image.stem)
+        return str(path) if own else f"{path} ({name})"
 
 
 def look_at(split: str, sample: Sample) -> Facts:

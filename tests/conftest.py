@@ -11,7 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for every process: two threads wait for e
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torch import nn
+
+from segmentation.backbones import Bottleneck
 
 PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
@@ -123,6 +127,38 @@ def rows(run: Path) -> list[dict[str, str]]:
 def column(run: Path, key: str) -> list[float]:
     """The values of a metric in a run's metrics.csv, in order."""
     return [float(row[key]) for row in rows(run) if row.get(key)]
+
+
+def shake(module: nn.Module, image: torch.Tensor) -> nn.Module:
+    """Random scales, shifts and biases, and the statistics of `image`: else logits hardly tell of the deep layers."""
+    torch.manual_seed(1)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 1.0
+            nn.init.uniform_(m.weight, 0.7, 1.3)
+            nn.init.normal_(m.bias, 0, 0.2)
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and m.bias is not None:
+            nn.init.normal_(m.bias, 0, 0.1)
+    with torch.no_grad():
+        module.train()(image)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.1
+    return module.eval()
+
+
+def shake_norms(module: nn.Module, low: float = 0.3, high: float = 0.9) -> nn.Module:
+    """Random batch-norm statistics, scales from low to high and shifts: fresh ones hide what they do."""
+    torch.manual_seed(1)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(m.weight, low, high)
+            nn.init.normal_(m.bias, 0, 0.2)
+        if isinstance(m, (Bottleneck, torchvision.models.resnet.Bottleneck)):
+            nn.init.uniform_(m.bn3.weight, 0.05, 0.2)  # else 33 additions make logits of a thousand
+    return module.eval()
 
 
 @pytest.fixture(scope="session")

@@ -4,31 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import shake_norms
 from torch import Tensor, nn
 from torchvision.models import resnet50, segmentation
 
 from segmentation import DeepLabV1, DeepLabV3, DeepLabV3Plus, UNet
-from segmentation.backbones import Bottleneck, MobileNetV2, ResNet, Xception65
+from segmentation.backbones import MobileNetV2, ResNet, Xception65
 from segmentation.deeplabv3 import CascadedModules
 from segmentation.unet import mirror
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def shake(module: nn.Module) -> nn.Module:
-    """Random batch-norm statistics and affine parameters: fresh ones hide what they do."""
-    torch.manual_seed(1)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.2)
-            m.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.3, 0.9)
-            nn.init.normal_(m.bias, 0, 0.2)
-        if isinstance(m, (Bottleneck, torchvision.models.resnet.Bottleneck)):
-            nn.init.uniform_(m.bn3.weight, 0.05, 0.2)  # else 33 additions make logits of a thousand
-    return module.eval()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +69,7 @@ PEERS = {
 @pytest.mark.parametrize("backbone", PEERS)
 @pytest.mark.parametrize("size", [(64, 96), (97, 75)])
 def test_deeplabv3_gives_torchvisions_logits(backbone, size, tmp_path):
-    peer = shake(PEERS[backbone](weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
+    peer = shake_norms(PEERS[backbone](weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
     ours = DeepLabV3(21, backbone, aux_loss_weight=0.5, weights=str(tmp_path / "peer.pth")).eval()
     image = torch.randn(2, 3, *size)
@@ -93,7 +80,7 @@ def test_deeplabv3_gives_torchvisions_logits(backbone, size, tmp_path):
 
 
 def test_deeplabv3_training_gives_torchvisions_main_and_aux_scores(tmp_path):
-    peer = shake(PEERS["resnet50"](weights=None, weights_backbone=None, num_classes=5, aux_loss=True)).train()
+    peer = shake_norms(PEERS["resnet50"](weights=None, weights_backbone=None, num_classes=5, aux_loss=True)).train()
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
     ours = DeepLabV3(5, aux_loss_weight=0.5, weights=str(tmp_path / "peer.pth")).train()
     for module in (*peer.modules(), *ours.modules()):
@@ -136,7 +123,7 @@ def test_weights_of_another_network_are_refused_with_keys_and_shapes(tmp_path):
 )
 @pytest.mark.parametrize("size", [(64, 64), (65, 97)])
 def test_resnet_gives_torchvisions_features(stride, dilate, size):
-    peer = shake(resnet50(weights=None, replace_stride_with_dilation=dilate))
+    peer = shake_norms(resnet50(weights=None, replace_stride_with_dilation=dilate))
     ours = ResNet(50, output_stride=stride).eval()
     ours.load_state_dict({k: v for k, v in peer.state_dict().items() if not k.startswith("fc.")})
     image = torch.randn(1, 3, *size)
@@ -240,7 +227,7 @@ class Milesial(nn.Module):
 @pytest.mark.parametrize("up", ["transposed", "bilinear"])
 @pytest.mark.parametrize("size", [(64, 80), (61, 47)])
 def test_padded_unet_is_the_papers_graph(up, size):
-    unet = shake(UNet(4, base_channels=8, up=up))
+    unet = shake_norms(UNet(4, base_channels=8, up=up))
     image = torch.randn(2, 3, *size)
     with torch.inference_mode():
         expected = Milesial(unet, up == "bilinear")(image)

@@ -438,6 +438,7 @@ def test_the_command_fails_where_training_would(tree, tmp_path, monkeypatch, cap
     assert status.value.code == 2 and "no data given" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_mends_a_config(tmp_path):
     """found.yaml as one more --config, and a run's config with its keys."""
     root = draw_tree(tmp_path / "tree", COUNTS)

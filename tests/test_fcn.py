@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from conftest import shake_norms
 from torch import Tensor, nn
 from torchvision.models import segmentation as peers
 
@@ -36,24 +36,10 @@ def test_parameter_counts(arguments, parameters):
         assert count(FCN(21, **arguments)) == parameters
 
 
-def shake(module: nn.Module) -> nn.Module:
-    """Random batch-norm statistics and affine parameters: fresh ones hide what they do."""
-    torch.manual_seed(1)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.2)
-            m.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.3, 0.9)
-            nn.init.normal_(m.bias, 0, 0.2)
-        if isinstance(m, torchvision.models.resnet.Bottleneck):
-            nn.init.uniform_(m.bn3.weight, 0.05, 0.2)
-    return module.eval()
-
-
 @pytest.mark.parametrize(("backbone", "sizes"), [("resnet50", [(40, 56), (49, 33)]), ("resnet101", [(33, 40)])])
 def test_torchvisions_weights_give_its_logits(backbone, sizes, monkeypatch):
     build = {"resnet50": peers.fcn_resnet50, "resnet101": peers.fcn_resnet101}[backbone]
-    peer = shake(build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
+    peer = shake_norms(build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
     asked = []
     monkeypatch.setattr("segmentation.fcn.download", lambda weights: asked.append(weights) or peer.state_dict())
     ours = FCN(21, backbone, weights="coco").eval()
@@ -67,7 +53,7 @@ def test_torchvisions_weights_give_its_logits(backbone, sizes, monkeypatch):
 
 
 def test_training_gives_torchvisions_main_and_aux_losses(tmp_path):
-    peer = shake(peers.fcn_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)).train()
+    peer = shake_norms(peers.fcn_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)).train()
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
     ours = FCN(5, "resnet50", aux_loss_weight=0.5, weights=str(tmp_path / "peer.pth")).train()
     for module in (*peer.modules(), *ours.modules()):

@@ -3,27 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shake
 from torch import Tensor, nn
 from torchvision.models import vgg16_bn
 
 from segmentation.segnet import SegNet, unpool
-
-torch.set_num_threads(1)
-
-
-def shake(module: nn.Module, image: Tensor) -> nn.Module:
-    """Random scales, shifts and biases, and the statistics of `image`: else logits hardly tell of the deep layers."""
-    torch.manual_seed(1)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = 1.0
-            nn.init.uniform_(m.weight, 0.7, 1.3)
-            nn.init.normal_(m.bias, 0, 0.2)
-        if isinstance(m, nn.Conv2d):
-            nn.init.normal_(m.bias, 0, 0.1)
-    with torch.no_grad():
-        module.train()(image)
-    return module.eval()
 
 
 @pytest.mark.parametrize(
