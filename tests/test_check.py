@@ -375,8 +375,10 @@ def test_a_test_split_alone_does_not_stop_training(tmp_path):
 
 def test_published_counts_are_compared(tmp_path):
     data = folder(draw_tree(tmp_path / "tree", COUNTS))
-    data.expected_counts = {"train": 7, "val": 3}
-    assert [str(f) for f in examine(data).findings] == ["'train' has 6 images, 7 are published"]
+    data.expected_counts, data.palette = {"train": 7, "val": 3}, ()  # a data set need not have colours either
+    found = examine(data)
+    assert [str(f) for f in found.findings] == ["'train' has 6 images, 7 are published"]
+    assert "palette" not in yaml_block(found) and "#800000" in page_html(found)
 
 
 def test_drawn_data_needs_no_files(tmp_path):
