@@ -17,7 +17,8 @@ from jsonargparse import auto_cli
 from scipy.ndimage import gaussian_filter
 
 SIDE = 256
-BANDS = ["1", "2", "3", "4", "5", "6", "7", "9", "10", "11"]  # coastal, blue, green, red, nir, swir 1.6, swir 2.2, cirrus, two thermal
+# coastal, blue, green, red, near infrared, short-wave infrared 1.6 and 2.2 um, cirrus, two thermal
+BANDS = ["1", "2", "3", "4", "5", "6", "7", "9", "10", "11"]
 SURFACES = np.array([  # reflectance per band; the thermal ones as digital numbers / 65535
     [0.05, 0.05, 0.08, 0.06, 0.34, 0.20, 0.11, 0.002, 0.38, 0.37],  # meadow
     [0.04, 0.04, 0.05, 0.03, 0.26, 0.12, 0.05, 0.002, 0.36, 0.35],  # forest

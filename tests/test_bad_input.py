@@ -25,7 +25,8 @@ def zeros_and_255(root: Path) -> None:
 
 
 def colour(path: Path) -> None:
-    Image.open(path).convert("RGB").save(path)
+    colours = np.array([[90, 9, 9], [9, 90, 9], [9, 9, 90]], np.uint8)
+    Image.fromarray(colours[np.asarray(Image.open(path)) % 3]).save(path)
 
 
 # name: (what to break in a fresh tree, lines of the config to exchange, more arguments, words of the sentence)
@@ -51,7 +52,7 @@ CASES = {
         ["0 and 255", "label_map: {0: 0, 255: 1}"],
     ),
     "masks in colour": (
-        lambda root: colour(root / "masks/train/00.png"), {}, [], ["masks/train/00.png", "RGB", "class map"]
+        lambda root: colour(root / "masks/train/00.png"), {}, [], ["masks/train/00.png", "RGB", "name the colours"]
     ),
     "truncated image": (
         lambda root: truncate(root / "images/train/07.jpg"), {}, [], ["images/train/07.jpg", "cannot be read"]
