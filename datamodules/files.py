@@ -171,17 +171,12 @@ def read_mask(path: Path, colors: Sequence[tuple[int, int, int]] | None = None) 
         ValueError: if the file cannot be decoded, holds colours and none are known, or one that is not among them.
     """
     with decoding(path, "a mask"):
-        if path.suffix.lower() == ".npy":
-            mode, values = "npy", np.load(path, allow_pickle=False).squeeze()
+        if colors is None and path.suffix.lower() in (".npy", ".tif", ".tiff"):
+            mode, values = f"{path.suffix[1:]} of several bands", np.moveaxis(read_array(path), 0, -1)
+            values = values[..., 0] if values.shape[2] == 1 else values
         else:
-            try:
-                with Image.open(path) as file:
-                    mode = file.mode
-                    values = np.array(file if colors is None else file.convert("RGB"))
-            except Image.UnidentifiedImageError:
-                if path.suffix.lower() not in (".tif", ".tiff"):
-                    raise
-                mode, values = "TIFF", read_array(path)[0]
+            with Image.open(path) as file:
+                mode, values = file.mode, np.array(file if colors is None else file.convert("RGB"))
     if colors is not None:
         return labels_of_colors(path, values, colors)
     if values.ndim == 3 and values.shape[2] >= 3 and (values[..., :1] == values[..., :3]).all():
