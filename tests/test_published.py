@@ -9,7 +9,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from test_architectures import shake
+from conftest import shake_norms
 from torch import Tensor
 
 from segmentation import DeepLabV2, DeepLabV3Plus, PSPNet, UNet
@@ -312,7 +312,7 @@ def test_a_file_of_segmentation_models_pytorch_gives_its_logits(stride, tmp_path
     peer = smp.DeepLabV3Plus(
         "resnet50", encoder_weights=None, classes=5, encoder_output_stride=stride, decoder_atrous_rates=rates
     )
-    shake(peer)
+    shake_norms(peer)
     torch.save(peer.state_dict(), tmp_path / "x.pth")
     ours = DeepLabV3Plus(5, "resnet50", output_stride=stride, weights=str(tmp_path / "x.pth")).eval()
     assert sum(p.numel() for p in DeepLabV3Plus(21, "resnet50", "smp").parameters()) == 26_682_725

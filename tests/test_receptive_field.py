@@ -146,7 +146,10 @@ def test_resnet(depth, output_stride, multi_grid, size):
 def test_deeplabv3plus_shows_every_branch_and_where_its_logits_look():
     network = meta(DeepLabV3Plus, 21, backbone="resnet101", output_stride=16)
     fields = by_stage(network)
-    assert fields["aspp.convs.3"].size == 1579 and fields["aspp.convs.3"].rates == (18,)
+    assert fields["backbone.layer4"].size == 1259  # with the multi-grid
+    assert fields["aspp.convs.3"].size == 1259 + 2 * 18 * 16 and fields["aspp.convs.3"].rates == (18,)
+    plain = meta(DeepLabV3Plus, 21, backbone="resnet101", layout="smp", output_stride=16)  # 1003 px, and ASPP's 576
+    assert by_stage(plain, "aspp.0.convs.3")["aspp.0.convs.3"].size == 1579
     assert [fields[f"aspp.convs.{i}"].rates for i in range(4)] == [(), (6,), (12,), (18,)]
     assert (fields["aspp.convs.4"].size, fields["aspp.convs.4"].bins) == (0, 1)  # the image's mean, and no more
     assert fields["aspp.project"].bins == 1 and fields["backbone.layer4"].bins == 0
