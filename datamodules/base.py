@@ -20,7 +20,14 @@ from torchvision.transforms import v2
 from .dataset import Cache, EpochSampler, SegmentationDataset, collate
 from .download import Archive, fetch
 from .files import Sample, list_photos
-from .transforms import IGNORE, BandJitter, ElasticDeformation, RandomRotation, RandomScaleCrop
+from .transforms import (
+    IGNORE,
+    BandJitter,
+    ElasticDeformation,
+    RandomHorizontalFlip,
+    RandomRotation,
+    RandomScaleCrop,
+)
 from .weight_map import border_weights
 
 
@@ -167,7 +174,7 @@ class SegmentationDataModule(L.LightningDataModule):
         if self.crop_size is not None:
             steps.append(RandomScaleCrop(self.crop_size, self.scale_range, fill, self.max_class_share))
         if self.flip:
-            steps.append(v2.RandomHorizontalFlip())
+            steps.append(RandomHorizontalFlip())
         if self.color_jitter and len(image) == 3 and image.dtype == torch.uint8:
             c = self.color_jitter
             steps.append(v2.ColorJitter(brightness=c, contrast=c, saturation=c, hue=c / 4))

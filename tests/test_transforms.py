@@ -12,6 +12,7 @@ from datamodules.transforms import (
     IGNORE,
     BandJitter,
     ElasticDeformation,
+    RandomHorizontalFlip,
     RandomRotation,
     RandomScaleCrop,
     Weight,
@@ -51,7 +52,7 @@ def displace(dx: float, dy: float) -> v2.Transform:
 @pytest.mark.parametrize(
     "transform",
     [
-        v2.RandomHorizontalFlip(1.0),
+        RandomHorizontalFlip(1.0),
         v2.RandomVerticalFlip(1.0),
         RandomRotation((90, 90), **BLANK),
         RandomRotation((180, 180), **BLANK),
@@ -59,7 +60,7 @@ def displace(dx: float, dy: float) -> v2.Transform:
         displace(7, -4),
         displace(-60, 0),
         RandomScaleCrop((44, 70), (1, 1), **BLANK),
-        v2.Compose([v2.RandomHorizontalFlip(1.0), RandomRotation((90, 90), **BLANK), displace(3, 3)]),
+        v2.Compose([RandomHorizontalFlip(1.0), RandomRotation((90, 90), **BLANK), displace(3, 3)]),
     ],
     ids=lambda t: type(t).__name__,
 )
@@ -75,7 +76,7 @@ def test_an_image_that_is_its_own_mask_stays_so(transform, dtype, size):
 def test_flip_and_quarter_turn_by_hand():
     mask = tv_tensors.Mask(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8))
     image = tv_tensors.Image(mask[None].to(torch.uint16))
-    flipped, same = v2.RandomHorizontalFlip(1.0)(image, mask)
+    flipped, same = RandomHorizontalFlip(1.0)(image, mask)
     assert flipped.tolist() == [[[2, 1], [4, 3]]] and same.tolist() == [[2, 1], [4, 3]]
     turned, same = RandomRotation((90, 90))(image, mask)  # to the left
     assert turned.tolist() == [[[2, 4], [1, 3]]] and same.tolist() == [[2, 4], [1, 3]]
@@ -171,7 +172,7 @@ def test_labels_and_weights_stay_aligned_whatever_is_drawn(dtype):
             ElasticDeformation(6.0),
             RandomRotation(25),
             RandomScaleCrop(40, (0.5, 2.0), max_class_share=0.75),
-            v2.RandomHorizontalFlip(),
+            RandomHorizontalFlip(),
             BandJitter(0.4),
             v2.RandomApply([v2.GaussianBlur(5, 1.1)]),
         ]
