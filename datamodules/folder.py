@@ -25,9 +25,9 @@ class Folder(SegmentationDataModule):
     ``val.txt``, ``test.txt`` in the root, a name per line, or an image and a mask by their paths below the root); or
     fractions, drawn by a hash of the names. Lists are the safer choice for a folder that grows.
 
-    Masks hold labels (grey, palette, 16 bits, ``.npy``), or colours. What the colours stand for says, in this order,
-    a class map in the root (``class_dict.csv`` with name, r, g, b; ``label_colors.txt`` with r g b name; CVAT's
-    ``labelmap.txt``), `palette`, or the colours found: in the order of their hexadecimal codes, each is a class.
+    Masks hold labels (grey, palette, 16 bits, ``.npy``), or colours. What the colours stand for says `palette`; without
+    it a class map in the root (``class_dict.csv`` with name, r, g, b; ``label_colors.txt`` with r g b name; CVAT's
+    ``labelmap.txt``); and without names and map the colours found: in the order of their codes, each is a class.
 
     Args:
         root: folder that holds ``images/`` and ``masks/``.
