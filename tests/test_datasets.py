@@ -486,3 +486,15 @@ def test_lonely_files_are_listed_and_end_setup(tmp_path):
     assert sorted(s.name for s in everything if s.missing() is None) == ["b"] and len(everything) == 3
     with pytest.raises(ValueError, match="has no partner"):
         data.setup("fit")
+
+
+def test_what_is_fetched_is_what_torchvision_fetches():
+    from torchvision.datasets import OxfordIIITPet, SBDataset, voc
+
+    theirs = voc.DATASET_YEAR_DICT["2012"]
+    assert VOC.archives[0] == (theirs["url"], f"md5:{theirs['md5']}", ".")
+    assert VOC.sbd == (SBDataset.url, f"md5:{SBDataset.md5}", ".")
+    assert VOC(train_split="train").archives == VOC.archives and VOC().archives == (*VOC.archives, VOC.sbd)
+    assert [(a.url, a.checksum) for a in OxfordPets.archives] == [
+        (url, f"md5:{md5}") for url, md5 in OxfordIIITPet._RESOURCES
+    ]
