@@ -21,7 +21,7 @@ def plain(message: str, classes: Sequence[type], commands: Sequence[Callable[...
         commands: of our own, beside Lightning's, whose names and arguments are valid too.
     """
     patterns = {
-        r"ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)": "key",
+        r"ption '([^']+)' is not accepted|not accept option '([^']+)'|[Uu]nrecognized arguments: --([\w.]+)": "key",
         r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'": "class",
         r"invalid choice: '(\w+)'": "command",
     }
@@ -60,7 +60,10 @@ def sentence(error: BaseException) -> str | None:
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, (ValueError, OSError)) and ours(frames[-1]):
         return text
-    return sentence(error.__cause__) if error.__cause__ else None  # the parser wraps what a class's __init__ raises
+    if error.__cause__ and (wrapped := sentence(error.__cause__)):  # the parser wraps what a class's __init__ raises
+        return wrapped
+    quoted = re.findall(r"^ *- (?!Expected an? )(.+)$", text, re.MULTILINE) if "of the Union subtypes" in text else []
+    return quoted[-1] if quoted else None  # an older parser does no more than quote it
 
 
 def ours(filename: str) -> bool:
