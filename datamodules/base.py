@@ -301,11 +301,17 @@ class SegmentationDataModule(L.LightningDataModule):
         """Compute the weight maps of the training masks, balanced by the training set's pixels per class."""
         present = counts[: self.num_classes].double()
         balance = present.sum() / (present > 0).sum() / present.clamp(min=1)
-        dataset.weigh = BorderWeight(self.border_weight, self.border_sigma, tuple(balance.tolist()))
+        weigh = BorderWeight(self.border_weight, self.border_sigma, tuple(balance.tolist()))
+
+        def compute(index: int) -> None:
+            mask = dataset.read(index)[1]
+            if mask is not None:
+                dataset.weight(index, mask, weigh)
+
         rank_zero_info(f"computing {len(dataset)} weight maps")
         with ThreadPoolExecutor(max_workers=max(2, self.num_workers)) as pool:
-            for _ in pool.map(dataset.weight, range(len(dataset))):
-                pass
+            list(pool.map(compute, range(len(dataset))))
+        dataset.weigh = weigh
 
     @property
     def world_size(self) -> int:

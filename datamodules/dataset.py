@@ -16,6 +16,8 @@ from torchvision.transforms import v2
 from .files import Sample
 from .transforms import IGNORE, Weight
 
+Weigh = Callable[[Tensor, Tensor | None], Tensor]  # labels and instances (H, W) to weights (H, W)
+
 
 class Cache:
     """Keeps what was decoded or computed once, in memory or in a folder, until a budget is used up.
@@ -79,12 +81,12 @@ class SegmentationDataset(Dataset):
         labels: Tensor,
         transform: v2.Transform | None = None,
         seed: int = 0,
-        weigh: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        weigh: Weigh | None = None,
         cache: Cache | None = None,
         weights: Cache | None = None,
     ) -> None:
         self.samples, self.labels, self.transform, self.seed = samples, labels, transform, seed
-        self.weigh, self.cache, self.weights = weigh, cache or Cache(None, 0), weights or Cache(None, 0)
+        self.weigh, self.cache, self.weights = weigh, cache, weights or Cache(None, 0)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,9 +109,7 @@ class SegmentationDataset(Dataset):
             ValueError: for sizes that differ or a value that stands for no class; the message names file and value.
         """
         sample = self.samples[index]
-        if (missing := sample.missing()) is not None:
-            raise ValueError(missing)
-        image, values = self.cache.get(self.key(index), sample.read)
+        image, values = self.cache.get(self.key(index), sample.read) if self.cache else sample.read()
         if values is None or not self.has_masks:
             return image, None
         where = sample.mask or sample.name
@@ -128,17 +128,10 @@ class SegmentationDataset(Dataset):
             )
         return image, mask.byte()
 
-    def weight(self, index: int) -> Tensor:
-        """The loss's weight of each pixel of a picture as read: float32 ``(H, W)``, computed once."""
-
-        def make() -> tuple[Any, ...]:
-            mask = self.read(index)[1]
-            return (self.weigh(mask, self.samples[index].instances()) if self.weigh and mask is not None else None,)
-
-        (weight,) = self.weights.get(f"{self.key(index)} {self.weigh!r}", make)
-        if weight is None:
-            raise ValueError(f"{self.samples[index].name} has no mask to weigh")
-        return weight
+    def weight(self, index: int, mask: Tensor, weigh: Weigh) -> Tensor:
+        """The loss's weight of each pixel of a mask as read, ``(H, W)``: float32 of the same size, computed once."""
+        instances = self.samples[index].instances
+        return self.weights.get(f"{self.key(index)} {weigh!r}", lambda: (weigh(mask, instances()),))[0]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
@@ -149,7 +142,7 @@ class SegmentationDataset(Dataset):
         if self.transform is not None and mask is not None:
             parts = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
             if self.weigh is not None:
-                parts["weight"] = Weight(self.weight(index))
+                parts["weight"] = Weight(self.weight(index, mask, self.weigh))
             seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
             generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
             state = generator.get_state()

@@ -7,7 +7,6 @@ for Litter Detection", 2020, arXiv 2003.06975.
 from collections.abc import Sequence
 from typing import Any
 
-from .base import voc_palette
 from .coco import COCO
 from .files import Sample, folder_of, split_by_hash
 
@@ -56,7 +55,6 @@ class Recycling(COCO):
         self.known = tuple(classes)
         super().__init__(root, classes, min_area=0, test_split=test_split, **kwargs)
         self.fractions = (val_fraction, test_fraction)
-        self.palette = voc_palette(self.num_classes)
 
     def samples(self, split: str) -> list[Sample]:
         """Read a split's JSON, or share out the one that holds all.
