@@ -42,18 +42,22 @@ def examine(data: SegmentationDataModule, workers: int | None = None) -> Examina
     findings: list[Finding] = []
     refused: list[Exception] = []
     for split in splits:
-        samples, error = list_split(data, split)
+        problem, samples = "empty", []
+        try:
+            samples = data.samples(split)
+        except (OSError, ValueError) as error:
+            problem = f"missing: {error}"
+            refused.append(error)
         listed += [(split, sample) for sample in samples]
-        refused += [error] if error else []
-        if error and samples:
-            findings.append(Finding("error", str(error)))
-        elif not samples and split in ("train", "val"):
-            findings.append(Finding("error", f"the split '{split}' is " + (f"missing: {error}" if error else "empty")))
+        if not samples and split in ("train", "val"):
+            findings.append(Finding("error", f"the split '{split}' is {problem}"))
         elif not samples:
             advice = "Training needs none; for the command test, add one or set data.test_split: val"
             findings.append(Finding("warning", f"there is no split '{split}'", advice=advice))
     if refused and not listed:
         raise refused[0]
+    if unknown := getattr(data, "colors_unknown", ""):  # of a `Folder`, which lists its files all the same
+        findings.append(Finding("error", unknown))
 
     columns = (TextColumn("looking at the files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, Progress(*columns, transient=True) as bar:
@@ -73,17 +77,6 @@ def examine(data: SegmentationDataModule, workers: int | None = None) -> Examina
         findings += rule(found)
     findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.severity))
     return found
-
-
-def list_split(data: SegmentationDataModule, split: str) -> tuple[list[Sample], Exception | None]:
-    """The samples of a split, and what the data set said against it."""
-    try:
-        return data.samples(split), None
-    except (OSError, ValueError) as error:
-        try:
-            return data.samples(split), error  # `Folder` refuses colours without a meaning once, and then lists them
-        except (OSError, ValueError):
-            return [], error
 
 
 def completed(data: SegmentationDataModule, facts: Sequence[Facts]) -> SegmentationDataModule:

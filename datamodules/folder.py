@@ -80,7 +80,7 @@ class Folder(SegmentationDataModule):
         self.in_channels = 3 if self.bands is None else len(self.bands)
         self.given = palette is not None
         self.colors: tuple[tuple[int, int, int], ...] | None = None  # of the masks, once one was looked at
-        self.looked = False
+        self.looked, self.colors_unknown = False, ""
         names = self.root / "classes.txt" if self.root else None
         if class_names is None and names is not None and names.is_file():
             class_names = read_lines(names)
@@ -102,6 +102,8 @@ class Folder(SegmentationDataModule):
         """Settle what colours stand for, then as `SegmentationDataModule.setup`."""
         if stage != "predict" or self.predict_dir is None:
             self.look_at_colors()
+            if self.colors_unknown:
+                raise ValueError(self.colors_unknown)
         super().setup(stage)
 
     def samples(self, split: str) -> list[Sample]:
@@ -142,17 +144,24 @@ class Folder(SegmentationDataModule):
         return found
 
     def look_at_colors(self) -> None:
-        """Find out, once, whether masks are colours, and what these stand for.
-
-        Raises:
-            ValueError: if nothing says it.
-        """
+        """Find out, once, whether masks are colours, and what these stand for; or why that is not known."""
         if self.looked or self.root is None or not (self.root / self.dirs[1]).is_dir():
             return
         self.looked = True
         masks = [p for n, p in files_under(self.root / self.dirs[1]).items() if n.endswith(self.suffixes[1])]
-        if not masks or not is_color(masks[0]):
-            return
+        if masks and is_color(masks[0]):
+            try:
+                self.learn_colors(masks)
+            except ValueError as error:
+                self.colors_unknown = str(error)
+
+    def learn_colors(self, masks: Sequence[Path]) -> None:
+        """Settle classes, palette and the colours of masks.
+
+        Raises:
+            ValueError: if nothing says what the colours stand for, a class map cannot be read or contradicts the names,
+                or the colours are too many for classes.
+        """
         if self.class_map is not None and not self.given:
             names, colors = read_class_map(self.class_map)
             if self.num_classes and len(names) != self.num_classes:
