@@ -5,14 +5,13 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
+from .inference import Inference, Whole, resize
 from .losses import IGNORE, CrossEntropy
-from .metrics import scores
+from .metrics import ConfusionMatrix, scores
 
 Batch = dict[str, Any]
 
@@ -47,6 +46,7 @@ class SegmentationModule(L.LightningModule):
         freeze_bn: keep batch norm at its loaded statistics, and its scale and shift out of the optimizer.
         channels_last: store images and weights with channels innermost, the faster order on CPUs and tensor cores.
         compile: run `score_maps` through ``torch.compile``.
+        inference: how validation, test and predict see an image: None is `Whole`, at once.
 
     Raises:
         ValueError: if `num_classes` is below 1, mean and std are not one number per channel, or an argument is given
@@ -55,6 +55,7 @@ class SegmentationModule(L.LightningModule):
 
     mean: Tensor
     std: Tensor
+    border = 0  # pixels that `score_maps` loses on each side; see `OverlapTile`
 
     def __init__(
         self,
@@ -77,9 +78,11 @@ class SegmentationModule(L.LightningModule):
         freeze_bn: bool = False,
         channels_last: bool = True,
         compile: bool = False,
+        inference: Inference | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=["loss", "optimizer", "lr_scheduler"])  # of the subclass too
+        no_part = ["loss", "optimizer", "lr_scheduler", "inference"]  # of the network, which a checkpoint builds again
+        self.save_hyperparameters(logger=False, ignore=no_part)  # of the subclass too
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if not len(mean) == len(std) == in_channels:
@@ -97,10 +100,11 @@ class SegmentationModule(L.LightningModule):
         self.head_lr_mult, self.bias_lr_mult = head_lr_mult, bias_lr_mult
         self.weight_decays = {"bias": bias_weight_decay, "norm": norm_weight_decay}
         self.freeze_bn, self.channels_last, self.compile_network = freeze_bn, channels_last, compile
+        self.inference = inference or Whole()
         self.class_names = [str(label) for label in range(max(2, num_classes))]
         self.palette = [[37 * k % 256, 91 * k % 256, 173 * k % 256] for k in range(max(2, num_classes))]
         self.knows_classes = False  # names and colours are the data's or a checkpoint's
-        self.confusion = MulticlassConfusionMatrix(max(2, num_classes), ignore_index=IGNORE, validate_args=False)
+        self.confusion = ConfusionMatrix(max(2, num_classes))
         self.mean_loss = MeanMetric()  # over labelled pixels; both are of the split that is being evaluated
 
     # What an architecture defines
@@ -139,6 +143,11 @@ class SegmentationModule(L.LightningModule):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over classes, or sigmoid of one logit: ``(N, num_classes, H, W)``."""
         return logits.float().sigmoid() if self.num_classes == 1 else logits.float().softmax(dim=1)
+
+    def logits_of(self, probs: Tensor) -> Tensor:
+        """Logits that `probabilities` makes these probabilities of, ``(N, num_classes, H, W)``."""
+        limits = torch.finfo(torch.float32)
+        return probs.logit(limits.eps) if self.num_classes == 1 else probs.clamp(min=limits.tiny).log()
 
     # Shared by all
 
@@ -234,15 +243,22 @@ class SegmentationModule(L.LightningModule):
 
     def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
         mask = batch["mask"]
-        logits = resize(self(self.preprocess(batch["image"])), mask.shape[-2:])
-        loss = self.evaluation_loss(logits, mask)
-        weight = self.loss.weight(mask) if isinstance(self.loss, CrossEntropy) else mask != IGNORE
-        self.mean_loss.update(loss, weight=weight.sum())
-        self.confusion.update(self.labels(self.probabilities(logits)), mask)
-        return {"loss": loss, "logits": logits}
+        logits = resize(self.inference(self, self.preprocess(batch["image"])), mask.shape[-2:])
+        # Of windows, they are in the CPU's memory, where there may be more of them than the device could take.
+        rows = mask.shape[1] if logits.device == mask.device else 256
+        losses, weights = [], []
+        for part, truth in zip(logits.split(rows, dim=2), mask.split(rows, dim=1), strict=True):
+            part = part.to(mask.device)
+            weight = self.loss.weight(truth) if isinstance(self.loss, CrossEntropy) else truth != IGNORE
+            losses.append(self.evaluation_loss(part, truth))
+            weights.append(weight.sum())
+            self.mean_loss.update(losses[-1], weight=weights[-1])
+            self.confusion.update(self.labels(self.probabilities(part)), truth)
+        share = torch.stack(weights) / torch.stack(weights).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return {"loss": (torch.stack(losses) * share).sum(), "logits": logits}
 
     def _log_scores(self, split: str) -> None:
-        values = scores(self.confusion.compute(), self.class_names)
+        values = scores(self.confusion.compute(), self.class_names, self.confusion.image_iou())
         values["loss"] = self.mean_loss.compute()
         self.log_dict({f"{split}/{k}": v.to(self.device, torch.float32) for k, v in values.items()}, sync_dist=True)
         self.confusion.reset()
@@ -257,7 +273,7 @@ class SegmentationModule(L.LightningModule):
         return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/miou``, ``val/pixel_acc``, ``val/mean_acc``, ``val/fwiou``, ``val/iou/<class>``, ``val/loss``."""
+        """Log what `scores` returns as ``val/miou`` and so on, and ``val/loss``."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -266,7 +282,7 @@ class SegmentationModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Give ``probs`` ``(N, num_classes, H, W)`` at the images' own size, ``name`` and ``size``."""
-        logits = self(self.preprocess(batch["image"]))
+        logits = self.inference(self, self.preprocess(batch["image"]))
         return {"probs": self.probabilities(logits), "name": batch["name"], "size": batch["size"]}
 
     @property
@@ -373,10 +389,3 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
         if saved is not None and not self.knows_classes:
             self.class_names, self.palette = saved["class_names"], saved["palette"]
-
-
-def resize(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear interpolation of score maps to (height, width), unless they have it already."""
-    if scores.shape[-2:] == tuple(size):
-        return scores
-    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)

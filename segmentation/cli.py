@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import datamodules
 import segmentation
-from segmentation import callbacks
+from segmentation import callbacks, inference
 from segmentation.messages import plain, sentence
 from segmentation.receptive_field_report import analyse_layers, analyse_network
 
@@ -32,7 +32,7 @@ class Parser(LightningArgumentParser):
     """Ends a wrong command in one sentence with the nearest valid name, and exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        classes = [getattr(m, name) for m in (segmentation, datamodules, callbacks) for name in m.__all__]
+        classes = [getattr(m, name) for m in (segmentation, datamodules, callbacks, inference) for name in m.__all__]
         sys.stderr.write(f"error: {plain(message, classes, COMMANDS)}\n")
         raise SystemExit(2)
 

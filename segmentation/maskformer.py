@@ -269,6 +269,10 @@ class MaskFormer(SegmentationModule):
         scores = logits.float()
         return scores.clamp(0, 1) if self.num_classes == 1 else scores / scores.sum(dim=1, keepdim=True).clamp(min=TINY)
 
+    def logits_of(self, probs: Tensor) -> Tensor:
+        """The probabilities: divided by their sum of 1, they stay what they are."""
+        return probs
+
     def evaluation_loss(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy of the probabilities, which stops at 1e-6 below."""
         probs = self.probabilities(logits)

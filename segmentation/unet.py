@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Batch, SegmentationModule
+from .inference import mirror
 from .weights import Weights, load_weights, read_weights
 
 BORDER = 92  # pixels that the valid network loses on each side: 572 -> 388
@@ -100,8 +101,8 @@ class UNet(SegmentationModule):
     A batch's ``weight`` ``(N, H, W)``, as the paper's map that thickens the gaps between cells (equation 2), weighs the
     pixels of the loss.
 
-    Differs from the paper: large images are not tiled but taken whole, mirrored at their borders; transposed
-    convolutions keep torch's initialisation.
+    Differs from the paper: an image is taken whole, mirrored at its borders, unless `inference` is `OverlapTile`, which
+    tiles it as the paper does; transposed convolutions keep torch's initialisation.
 
     Raises:
         ValueError: for an unknown padding or way up, or a valid network with `pixel_shuffle`.
@@ -129,6 +130,7 @@ class UNet(SegmentationModule):
         if pixel_shuffle < 1 or (pixel_shuffle > 1 and padding == "valid"):
             raise ValueError(f"pixel_shuffle must be 1 or more, and 1 with padding valid, got {pixel_shuffle}")
         self.padding, self.pixel_shuffle = padding, pixel_shuffle
+        self.border = BORDER if padding == "valid" else 0
         pad, bilinear = int(padding == "same"), up == "bilinear"
         conv = {"batch_norm": batch_norm, "conv_bias": not batch_norm if conv_bias is None else conv_bias}
         w = [base_channels * 2**level for level in range(5)]  # 64, 128, 256, 512, 1024
@@ -204,22 +206,3 @@ def centre_crop(x: Tensor, height: int, width: int) -> Tensor:
     """Cut the middle ``(..., height, width)`` out of ``(..., H, W)``."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
-
-
-def mirror(image: Tensor, above: int, below: int, left: int, right: int) -> Tensor:
-    """Extend an image by reflection at its borders, repeatedly where a side is shorter than its extension.
-
-    Shape:
-        ``(..., H, W)`` -> ``(..., above + H + below, left + W + right)``.
-    """
-    if not (above or below or left or right):
-        return image
-
-    def indices(length: int, before: int, after: int) -> Tensor:
-        position = torch.arange(-before, length + after, device=image.device)
-        period = max(1, 2 * (length - 1))  # there and back again; the border pixel is not doubled
-        position = position % period
-        return torch.minimum(position, period - position) if length > 1 else position * 0
-
-    rows, columns = indices(image.shape[-2], above, below), indices(image.shape[-1], left, right)
-    return image[..., rows[:, None], columns]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Batch, SegmentationModule, resize
+from .inference import mirror
 from .losses import IGNORE
-from .unet import DoubleConv, mirror
+from .unet import DoubleConv
 from .weights import load_weights, read_weights
 
 ABSENT = 100.0  # taken off the logits of a class that is not in the image: its probability is then 0

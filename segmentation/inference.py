@@ -1,0 +1,261 @@
+"""How logits are made for a whole image: at once, from windows, from the paper's tiles, or from several scales.
+
+The argument ``model.inference`` of every architecture, used by validation, test and predict. What is made of windows is
+put together in the CPU's memory, block by block, so that an image may be larger than a GPU could take.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Read = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> preprocessed pixels (N, C, h, w)
+Block = tuple[int, int, Tensor]  # top, left, and the logits (N, K, h, w) from there on
+
+__all__ = ["Inference", "MultiScaleFlip", "OverlapTile", "SlidingWindow", "Tiled", "Whole"]
+
+
+class Inference:
+    """A way from an image to its logits."""
+
+    def __call__(self, model: Any, image: Tensor) -> Tensor:
+        """Logits of an image.
+
+        Args:
+            model: a `SegmentationModule`.
+            image: preprocessed, on the model's device.
+
+        Shape:
+            image ``(N, C, H, W)`` -> logits ``(N, K, H, W)``.
+        """
+        raise NotImplementedError
+
+
+class Whole(Inference):
+    """The image at once, as the network was built."""
+
+    def __call__(self, model: Any, image: Tensor) -> Tensor:
+        return model(image)
+
+
+class Tiled(Inference):
+    """Logits from parts of the image. Subclasses define `blocks`, which asks for one part after the other."""
+
+    def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
+        """Yield finished blocks of logits, float32 on the model's device, that cover the image once.
+
+        They come row by row, and those of a row, which all have its height, from left to right.
+
+        Args:
+            model: a `SegmentationModule`.
+            read: gives the pixels of a window inside the image.
+            height: of the image.
+            width: of the image.
+        """
+        raise NotImplementedError
+
+    def __call__(self, model: Any, image: Tensor) -> Tensor:
+        """Logits in the CPU's memory; see `Inference`."""
+        height, width = image.shape[-2:]
+        logits = torch.empty(0)
+        blocks = self.blocks(model, lambda top, bottom, left, right: image[..., top:bottom, left:right], height, width)
+        for top, left, block in blocks:
+            if top == left == 0:
+                logits = torch.empty(*block.shape[:2], height, width)
+            logits[..., top : top + block.shape[-2], left : left + block.shape[-1]] = block
+        return logits
+
+
+class SlidingWindow(Tiled):
+    """Windows that overlap, as large as the crops of training; where they do, their logits are averaged.
+
+    Beside a batch of windows, the device holds the logits that are not finished yet, those of the overlap with the next
+    row of windows: 4 bytes x num_classes x `crop` x `overlap` x the image's width.
+
+    Args:
+        crop: side of a window in pixels; a window is never larger than the image.
+        overlap: of neighbours, at least, as a share of `crop`; 1/3 in the code of the PSPNet paper.
+        blend: ``average`` weighs all pixels of a window alike, ``gaussian`` those in its middle more, with a standard
+            deviation of an eighth of its side (nnU-Net, Isensee et al., 2021).
+        batch_size: windows that the network sees at once.
+
+    Raises:
+        ValueError: for a crop or batch below 1, an overlap outside [0, 1), or an unknown blend.
+    """
+
+    def __init__(
+        self,
+        crop: int,
+        overlap: float = 1 / 3,
+        blend: Literal["average", "gaussian"] = "average",
+        batch_size: int = 1,
+    ) -> None:
+        if crop < 1 or batch_size < 1:
+            raise ValueError(f"crop and batch_size of a SlidingWindow must be 1 or more, got {crop}, {batch_size}")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap of a SlidingWindow is a share of its crop, 0 or more and below 1, got {overlap}")
+        if blend not in ("average", "gaussian"):
+            raise ValueError(f"blend of a SlidingWindow is average or gaussian, got {blend}")
+        self.crop, self.overlap, self.blend, self.batch_size = crop, overlap, blend, batch_size
+
+    def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
+        """See `Tiled`; a block ends where the next window begins."""
+        h, w = min(self.crop, height), min(self.crop, width)
+        tops, lefts = positions(height, self.crop, self.overlap), positions(width, self.crop, self.overlap)
+        row_shares, column_shares = shares(tops, h, height, self.blend), shares(lefts, w, width, self.blend)
+        below: list[Tensor | None] = [None] * len(lefts)  # what the last row of windows says about this one's pixels
+        for top, bottom, row_share in zip(tops, [*tops[1:], height], row_shares, strict=True):
+            beside: Tensor | None = None  # what the last window of the row says about this one's
+            windows = self.windows(model, read, (top, top + h), [(left, left + w) for left in lefts])
+            for column, (left, right, logits) in enumerate(zip(lefts, [*lefts[1:], width], windows, strict=True)):
+                share = row_share[:, None] * column_shares[column]
+                logits = add(logits * share.to(logits.device), beside)
+                beside = logits[..., right - left :]
+                logits = add(logits[..., : right - left], below[column])
+                below[column] = logits[:, :, bottom - top :].clone()  # the rest of the block can go
+                yield top, left, logits[:, :, : bottom - top]
+
+    def windows(
+        self, model: Any, read: Read, rows: tuple[int, int], columns: Sequence[tuple[int, int]]
+    ) -> Iterator[Tensor]:
+        """Logits ``(N, K, h, w)`` of a row of windows, from left to right, in float32 also where autocast is on."""
+        for start in range(0, len(columns), self.batch_size):
+            pixels = [read(*rows, *sides) for sides in columns[start : start + self.batch_size]]
+            yield from model(torch.cat(pixels)).float().split(len(pixels[0]))
+
+
+class OverlapTile(Tiled):
+    """U-Net's overlap-tile strategy (Ronneberger et al., MICCAI 2015, Figure 2), for its valid network alone.
+
+    A tile is read with the border that the network loses, mirrored where it lies outside the image. Tiles lie on the
+    grid of the poolings, so that, with transposed convolutions on the way up, the logits are those of the whole image.
+
+    Args:
+        crop: side of the network's input in pixels, 16 n + 12; 572 in the paper.
+
+    Raises:
+        ValueError: for another crop; in use, for a network that loses no border.
+    """
+
+    def __init__(self, crop: int = 572) -> None:
+        if crop < 204 or (crop - 12) % 16:
+            raise ValueError(f"crop of an OverlapTile is 16 n + 12 pixels, 204 or more, such as 572, got {crop}")
+        self.crop = crop
+
+    def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
+        """See `Tiled`.
+
+        Raises:
+            ValueError: if the network loses no border.
+        """
+        border = model.border
+        if not border:
+            raise ValueError(
+                f"OverlapTile is for the valid U-Net, and this {type(model).__name__} loses no border: set "
+                "model.inference to SlidingWindow"
+            )
+        step = (self.crop - 2 * border) // 16 * 16  # 384 of the 388 pixels that come out
+        for top in range(0, height, step):
+            for left in range(0, width, step):
+                h, w = min(step, height - top), min(step, width - left)
+                below, right = (border + -side % 16 + 4 for side in (h, w))
+                rows, columns = (top - border, top + h + below), (left - border, left + w + right)
+                pixels = read_mirrored(read, height, width, rows, columns)
+                yield top, left, model.score_maps(pixels)["main"][..., :h, :w].float()
+
+
+class MultiScaleFlip(Inference):
+    """The mean of the probabilities over scales of the image and its mirror images (DeepLab v3, section 4).
+
+    Args:
+        scales: factors on the image's size; the default is DeepLab v3's.
+        flip: also look at each mirrored left to right.
+        inference: how each of these images is seen; None is `Whole`. With `SlidingWindow`, PSPNet's protocol.
+
+    Raises:
+        ValueError: without scales, or for one that is not above 0.
+    """
+
+    def __init__(
+        self,
+        scales: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+        flip: bool = True,
+        inference: Inference | None = None,
+    ) -> None:
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"scales of a MultiScaleFlip are one factor or more, each above 0, got {list(scales)}")
+        self.scales, self.flip, self.inference = scales, flip, inference or Whole()
+
+    def __call__(self, model: Any, image: Tensor) -> Tensor:
+        """Logits whose probabilities are the mean; see `Inference`."""
+        size = tuple(image.shape[-2:])
+        probs: Any = 0
+        for scale in self.scales:
+            scaled = resize(image, [max(1, round(side * scale)) for side in size])
+            probs += model.probabilities(resize(self.inference(model, scaled).float(), size))
+            if self.flip:
+                logits = self.inference(model, scaled.flip(-1)).flip(-1)
+                probs += model.probabilities(resize(logits.float(), size))
+        return model.logits_of(probs / (len(self.scales) * (1 + self.flip)))
+
+
+def positions(length: int, crop: int, overlap: float) -> list[int]:
+    """Where windows begin along a side of the image: evenly from border to border, with at least this overlap."""
+    step, room = max(1, round(crop * (1 - overlap))), max(0, length - crop)
+    gaps = -(-room // step)
+    return [round(i * room / max(1, gaps)) for i in range(gaps + 1)]
+
+
+def shares(starts: Sequence[int], crop: int, length: int, blend: str) -> list[Tensor]:
+    """The share that each window has in the pixels that it covers along a side ``(crop,)``; a pixel's add up to 1."""
+    weight = torch.ones(crop)
+    if blend == "gaussian":  # at the ends still 3e-4
+        weight = torch.exp(-0.5 * ((torch.arange(crop) - (crop - 1) / 2) / (crop / 8)) ** 2)
+    total = torch.zeros(length)
+    for start in starts:
+        total[start : start + crop] += weight
+    return [weight / total[start : start + crop] for start in starts]
+
+
+def add(logits: Tensor, part: Tensor | None) -> Tensor:
+    """Add a part to the upper left corner of logits ``(N, K, h, w)``, in place."""
+    if part is not None:
+        logits[..., : part.shape[-2], : part.shape[-1]] += part
+    return logits
+
+
+def mirror(image: Tensor, above: int, below: int, left: int, right: int) -> Tensor:
+    """Extend an image by reflection at its borders, repeatedly where a side is shorter than its extension.
+
+    Shape:
+        ``(..., H, W)`` -> ``(..., above + H + below, left + W + right)``.
+    """
+    if not (above or below or left or right):
+        return image
+    height, width = image.shape[-2:]
+    rows, columns = reflect(-above, height + below, height), reflect(-left, width + right, width)
+    return image[..., rows[:, None].to(image.device), columns.to(image.device)]
+
+
+def read_mirrored(read: Read, height: int, width: int, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """Read a window that reaches over the borders of a mirrored image: the part inside it, as `mirror` repeats it."""
+    y, x = reflect(*rows, height), reflect(*columns, width)
+    top, left = int(y.min()), int(x.min())
+    return read(top, int(y.max()) + 1, left, int(x.max()) + 1)[..., (y - top)[:, None], x - left]
+
+
+def reflect(start: int, stop: int, length: int) -> Tensor:
+    """The pixels 0 .. length - 1 at the positions from start to stop of a mirrored line."""
+    position = torch.arange(start, stop)
+    period = max(1, 2 * (length - 1))  # there and back again; the border pixel is not doubled
+    position = position % period
+    return torch.minimum(position, period - position) if length > 1 else position * 0
+
+
+def resize(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation of images or score maps to (height, width), unless they have it already."""
+    if scores.shape[-2:] == tuple(size):
+        return scores
+    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
