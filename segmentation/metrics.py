@@ -1,5 +1,6 @@
 """The scores that papers report: confusion matrices summed over the whole data set, and IoU near contours."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,52 @@ def scores(confusion: Tensor, class_names: Sequence[str], image_iou: Tensor | No
     if image_iou is not None:
         values["image_iou"] = image_iou
     return values | {f"iou/{name}": value for name, value in zip(class_names, iou, strict=True)}
+
+
+class ConfusionMatrix(Metric):
+    """Pixels of true class (row) predicted as class (column), summed over a data set and over processes.
+
+    Counted in 64-bit integers: exact for any data set. Pixels whose label is 255 are left out. Beside the matrix of
+    the set stands the mean over images of each image's own IoU, which no matrix of the set can tell.
+
+    Args:
+        num_classes: K, at least 2.
+    """
+
+    matrix: Tensor
+    iou_sum: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("matrix", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("iou_sum", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, labels: Tensor, mask: Tensor) -> None:
+        """Add predicted labels and the truth, both int64 ``(N, H, W)``."""
+        size = self.num_classes
+        cells = mask.masked_fill(mask == IGNORE, size)  # ignored pixels make a last row, which is cut off below
+        cells = cells.mul_(size).add_(labels.to(mask.device)).flatten(start_dim=1)
+        counts = cells.new_zeros(len(mask), (size + 1) * size)
+        counts.scatter_add_(1, cells, cells.new_ones(()).expand_as(cells))  # bincount would wait for the GPU
+        matrices = counts.view(-1, size + 1, size)[:, :size]  # (N, K, K)
+        self.matrix += matrices.sum(dim=0)
+        hit = matrices.diagonal(dim1=1, dim2=2)
+        union = matrices.sum(dim=1) + matrices.sum(dim=2) - hit  # (N, K), 0 for a class that an image lacks
+        present = (union > 0).sum(dim=1)  # (N,), 0 for an image without a labelled pixel, which counts nowhere
+        self.iou_sum += ((hit / union.clamp(min=1)).sum(dim=1) / present.clamp(min=1)).sum()
+        self.images += (present > 0).sum()
+
+    def compute(self) -> Tensor:
+        """The matrix: int64 ``(K, K)``."""
+        return self.matrix
+
+    def image_iou(self) -> Tensor:
+        """Mean over images of the mean IoU over classes that occur in an image's prediction or truth, as a scalar."""
+        with self.sync_context():
+            return self.iou_sum / self.images
 
 
 class TrimapIoU(Metric):
@@ -79,6 +126,63 @@ class TrimapIoU(Metric):
     def compute(self) -> Tensor:
         """One confusion matrix per width, narrow to wide: int64 ``(len(widths), K, K)``, for `scores`."""
         return self.matrices
+
+
+class BoundaryIoU(Metric):
+    """IoU of the pixels of each class near its contour, in prediction and in truth.
+
+    Cheng et al., "Boundary IoU: improving object-centric image segmentation evaluation", CVPR 2021
+    (arXiv:2103.16562), equation 1. The boundary region of a class is what d erosions with a 3x3 square take from it,
+    the image's border taken for a contour, as in the authors' code; d is a share of the image's diagonal, rounded and
+    at least 1. Intersections and unions are summed over the data set.
+
+    Ignored pixels are ignored in the prediction too: they belong to no class, so classes of prediction and truth have
+    a contour along them, and they are counted in neither.
+
+    Args:
+        num_classes: K, at least 2.
+        distance: d over the image's diagonal, 0.02 in the paper.
+
+    Raises:
+        ValueError: if `distance` is not between 0 and 1.
+    """
+
+    intersection: Tensor
+    union: Tensor
+
+    def __init__(self, num_classes: int, distance: float = 0.02) -> None:
+        super().__init__()
+        if not 0 < distance < 1:
+            raise ValueError(f"the distance of boundary IoU is a share of the diagonal, such as 0.02, got {distance}")
+        self.num_classes, self.distance = num_classes, distance
+        for name in ("intersection", "union"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, labels: Tensor, mask: Tensor) -> None:
+        """Add predicted labels and the truth, both ``(N, H, W)``."""
+        for prediction, truth in zip(labels.cpu().numpy(), mask.cpu().numpy(), strict=True):
+            prediction = np.where(truth == IGNORE, IGNORE, prediction)
+            width = max(1, round(self.distance * math.hypot(*truth.shape)))
+            near = [boundary(label, width) & (label != IGNORE) for label in (truth, prediction)]
+            both = near[0] & near[1] & (truth == prediction)
+            of_truth, of_prediction, intersection = (
+                torch.from_numpy(np.bincount(label[chosen], minlength=self.num_classes)).to(self.union.device)
+                for label, chosen in ((truth, near[0]), (prediction, near[1]), (truth, both))
+            )
+            self.intersection += intersection
+            self.union += of_truth + of_prediction - intersection
+
+    def compute(self) -> Tensor:
+        """Boundary IoU per class, nan for one that occurs nowhere: float64 ``(K,)`` on the CPU."""
+        return self.intersection.cpu().double() / self.union.cpu()
+
+
+def boundary(labels: np.ndarray, width: int) -> np.ndarray:
+    """Which pixels ``(H, W)`` see another label or the outside in the square of ``2 * width + 1`` around them."""
+    from scipy.ndimage import maximum_filter, minimum_filter  # both cost the same for any width
+
+    size, outside = 2 * width + 1, {"mode": "constant", "cval": -1}
+    return minimum_filter(labels, size, **outside) != maximum_filter(labels, size, **outside)
 
 
 def contour_distance(mask: np.ndarray) -> np.ndarray:
