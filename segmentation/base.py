@@ -246,14 +246,15 @@ class SegmentationModule(L.LightningModule):
         logits = resize(self.inference(self, self.preprocess(batch["image"])), mask.shape[-2:])
         # Of windows, they are in the CPU's memory, where there may be more of them than the device could take.
         rows = mask.shape[1] if logits.device == mask.device else 256
-        losses, weights = [], []
+        losses, weights, labels = [], [], []
         for part, truth in zip(logits.split(rows, dim=2), mask.split(rows, dim=1), strict=True):
             part = part.to(mask.device)
             weight = self.loss.weight(truth) if isinstance(self.loss, CrossEntropy) else truth != IGNORE
             losses.append(self.evaluation_loss(part, truth))
             weights.append(weight.sum())
             self.mean_loss.update(losses[-1], weight=weights[-1])
-            self.confusion.update(self.labels(self.probabilities(part)), truth)
+            labels.append(self.labels(self.probabilities(part)))
+        self.confusion.update(torch.cat(labels, dim=1), mask)  # whole images, of which it also takes each one's IoU
         share = torch.stack(weights) / torch.stack(weights).sum().clamp(min=torch.finfo(torch.float32).tiny)
         return {"loss": (torch.stack(losses) * share).sum(), "logits": logits}
 
