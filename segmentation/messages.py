@@ -58,7 +58,7 @@ def sentence(error: BaseException) -> str | None:
         frames, last = re.findall(r'File "([^"]+)", line', text), text.strip().splitlines()[-1]
         return last.partition(": ")[2] if frames and ours(frames[-1]) else None
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, (ValueError, OSError)) and ours(frames[-1]):
+    if isinstance(error, (ValueError, OSError, ImportError)) and ours(frames[-1]):
         return text
     if error.__cause__ and (wrapped := sentence(error.__cause__)):  # the parser wraps what a class's __init__ raises
         return wrapped

@@ -1,4 +1,4 @@
-"""Pictures of labels: colours, overlays, and the panel of image, truth, prediction and error."""
+"""Pictures of labels: colours, overlays, errors, changes, and panels of them."""
 
 from collections.abc import Sequence
 
@@ -50,31 +50,43 @@ def error_map(image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Ima
     return Image.fromarray(grey.astype(np.uint8))
 
 
+def changes(image: np.ndarray, truth: Tensor, before: Tensor, after: Tensor) -> Image.Image:
+    """What a refinement changed: fixed green, broken red, wrong in another way yellow, over the faded grey image."""
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.35 + 120
+    valid, changed = truth != IGNORE, before != after
+    for pixels, colour in (
+        (changed & (after == truth), (0, 160, 60)),
+        (changed & (before == truth), (220, 20, 30)),
+        (changed & (before != truth) & (after != truth), (250, 200, 0)),
+    ):
+        grey[(pixels & valid).cpu().numpy()] = colour
+    grey[~valid.cpu().numpy()] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
 def panel(
-    rows: Sequence[tuple[Tensor, Tensor, Tensor]], palette: Palette, class_names: Sequence[str], width: int = 240
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
+    palette: Palette,
+    class_names: Sequence[str],
+    width: int = 240,
 ) -> Image.Image:
-    """Draw image, truth, prediction and error side by side, a row per sample, over a legend of the classes.
+    """Draw pictures side by side, a row per sample, over a legend of the classes.
 
     Args:
-        rows: image ``(C, H, W)`` as stored, truth and prediction ``(H, W)``.
+        titles: of the columns.
+        rows: pictures of one size in each row.
         palette: one RGB colour per class.
         class_names: one per class.
         width: of each picture in pixels.
     """
     font, gap = ImageFont.load_default(size=13), 6
     strips = []
-    for image, truth, prediction in rows:
-        pixels = rgb(image)
-        cells = [
-            Image.fromarray(pixels),
-            index_mask(truth, palette).convert("RGB"),
-            index_mask(prediction, palette).convert("RGB"),
-            error_map(pixels, truth, prediction),
-        ]
-        height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
-        resampling = [Image.Resampling.LANCZOS] + 3 * [Image.Resampling.NEAREST]
+    for cells in rows:
+        height = max(1, round(width * cells[0].height / cells[0].width))
+        resampling = [Image.Resampling.LANCZOS] + (len(cells) - 1) * [Image.Resampling.NEAREST]
         strips.append([cell.resize((width, height), how) for cell, how in zip(cells, resampling, strict=True)])
-    total = 4 * width + 5 * gap
+    total = len(titles) * width + (len(titles) + 1) * gap
     entries, x, y = [], gap, 0  # legend: position of each swatch, wrapped at the picture's width
     for name in class_names:
         length = 28 + int(font.getlength(name))
@@ -85,7 +97,7 @@ def panel(
     body = sum(strip[0].height + gap for strip in strips)
     sheet = Image.new("RGB", (total, 24 + body + y + 24), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("image", "truth", "prediction", "error")):
+    for column, title in enumerate(titles):
         draw.text((gap + column * (width + gap), 4), title, fill="black", font=font)
     top = 24
     for strip in strips:

@@ -4,10 +4,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 from torch import Tensor
 
 from ..base import SegmentationModule
-from ..pictures import panel, rgb
+from ..pictures import error_map, index_mask, panel, rgb
 from .report import run_folder
 
 
@@ -54,11 +55,19 @@ class PredictionLogger(L.Callback):
             if folder is not None:
                 file = folder / path
                 file.parent.mkdir(parents=True, exist_ok=True)
-                panel(self.rows, module.palette, module.class_names).save(file)
+                self._panel(module).save(file)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     self._to_wandb(logger, trainer, module)
         self.rows, self.names, self.seen = [], [], 0
+
+    def _panel(self, module: SegmentationModule) -> Image.Image:
+        rows = []
+        for image, truth, prediction in self.rows:
+            pixels = rgb(image)
+            labels = [index_mask(mask, module.palette).convert("RGB") for mask in (truth, prediction)]
+            rows.append([Image.fromarray(pixels), *labels, error_map(pixels, truth, prediction)])
+        return panel(("image", "truth", "prediction", "error"), rows, module.palette, module.class_names)
 
     def _to_wandb(self, logger: WandbLogger, trainer: L.Trainer, module: SegmentationModule) -> None:
         labels = dict(enumerate(module.class_names))
