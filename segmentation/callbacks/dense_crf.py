@@ -65,8 +65,8 @@ class DenseCRF(L.Callback):
     ) -> None:
         if preset not in PRESETS or backend not in ("torch", "pydensecrf"):
             raise ValueError(f"DenseCRF: preset is one of {', '.join(PRESETS)}, backend torch or pydensecrf")
-        given = {"w1": w1, "sigma_alpha": sigma_alpha, "sigma_beta": sigma_beta, "w2": w2, "sigma_gamma": sigma_gamma}
-        given |= {"iterations": iterations}
+        given: dict[str, Any] = {"w1": w1, "sigma_alpha": sigma_alpha, "sigma_beta": sigma_beta}
+        given |= {"w2": w2, "sigma_gamma": sigma_gamma, "iterations": iterations}
         self.crf = replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
         self.backend, self.bound, self.workers = backend, bound, workers
         self.trimap_widths, self.num_images = trimap_widths, num_images
@@ -100,12 +100,12 @@ class DenseCRF(L.Callback):
     def _submit(self, probs: Tensor, image: Tensor) -> Future[Tensor]:
         """Refine one image, ``(K, H, W)`` and ``(C, H, W)``, here or in a process."""
         raw = image if image.dtype == torch.uint8 and len(image) == 3 else torch.from_numpy(rgb(image)).permute(2, 0, 1)
-        arguments = (probs[None], raw[None], self.crf, self.backend, self.bound)
+        probs, raw = probs[None], raw[None]
         if self.pool is not None:
-            return self.pool.submit(refine, *(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
+            return self.pool.submit(refine, probs.cpu(), raw.cpu(), self.crf, self.backend, self.bound)
         done: Future[Tensor] = Future()
         try:
-            done.set_result(refine(*arguments))
+            done.set_result(refine(probs, raw, self.crf, self.backend, self.bound))
         except ValueError as error:
             done.set_exception(error)
         return done
@@ -159,7 +159,7 @@ class DenseCRF(L.Callback):
                 for width, matrix in zip(trimap.widths, trimap.compute(), strict=True):
                     values[f"{prefix}trimap_miou/{width}"] = scores(matrix, module.class_names)["miou"]
         for key, value in values.items():
-            self.log(f"{split}/{key}", value.to(module.device, torch.float32), sync_dist=True)
+            module.log(f"{split}/{key}", value.to(module.device, torch.float32), sync_dist=True)
         folder = run_folder(trainer) if trainer.is_global_zero else None
         if self.rows and folder is not None:
             titles = ("image", "truth", "before", "after", "fixed green, broken red, other yellow")
