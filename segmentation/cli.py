@@ -106,12 +106,45 @@ class Trainer(L.Trainer):
         if found.failed:
             raise SystemExit(1)
 
+    def predict_tiff(
+        self,
+        model: segmentation.SegmentationModule | None = None,
+        ckpt_path: str | None = None,
+        image: str | None = None,
+        output: str = "labels.tif",
+        bands: list[int] | None = None,
+        overwrite: bool = False,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Writes the labels of a TIFF of any size, from file to file.
 
-COMMANDS = (Trainer.receptive_field, Trainer.check_data)  # our own
+        Args:
+            model: the network; its `inference` says how windows are laid, which are of 512 pixels where it does not.
+            ckpt_path: the checkpoint of the trained network.
+            image: the TIFF to read.
+            output: the TIFF to write.
+            bands: which bands to read as stored, counted from 0, as data.bands; without, RGB of 8 bits.
+            overwrite: replace the output of an earlier run.
+            weights_only: stands in the config.yaml of a run, and changes nothing: checkpoints are always read so.
+        """
+        from segmentation.large_image import predict_tiff  # no other command needs it
+
+        assert model is not None  # `NEEDS` says so
+        if image is None:
+            raise ValueError("no image given: name a TIFF with --image FILE")
+        if ckpt_path is not None:
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        predict_tiff(model.to(self.strategy.root_device), Path(image), Path(output), bands, overwrite)
+
+
+COMMANDS = (Trainer.receptive_field, Trainer.check_data, Trainer.predict_tiff)  # our own
 NEEDS = {  # what a command cannot do without; what it does not name is left out of its config
     **dict.fromkeys(("fit", "validate", "test", "predict"), ("model", "data")),
     "receptive_field": ("model",),
     "check_data": ("data",),
+    "predict_tiff": ("model",),
 }
 
 
