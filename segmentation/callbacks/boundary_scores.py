@@ -30,7 +30,9 @@ class BoundaryScores(L.Callback):
         self.boundary = BoundaryIoU(classes, self.distance).to(pl_module.device)
         self.trimaps = TrimapIoU(classes, self.widths).to(pl_module.device)
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Count a batch."""
         if trainer.state.fn == "fit":
             return

@@ -42,7 +42,9 @@ class EMScores(L.Callback):
             )
         self.errors.to(pl_module.device).reset()
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Count a batch."""
         if trainer.state.fn == "fit":
             return
