@@ -46,7 +46,7 @@ class EMErrors(Metric):
 
     def update(self, membrane: Tensor, cells: Tensor) -> None:
         """Add slices: the probability of membrane, and where the cells truly are, float and bool ``(N, H, W)``."""
-        for probability, truth in zip(membrane.cpu().numpy(), cells.cpu().numpy(), strict=True):
+        for probability, truth in zip(membrane.float().cpu().numpy(), cells.cpu().numpy(), strict=True):
             for i, threshold in enumerate(self.thresholds):
                 found = probability < threshold
                 self.pixels[i, 0] += 2 * int((found & truth).sum())
