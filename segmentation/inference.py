@@ -104,18 +104,25 @@ class SlidingWindow(Tiled):
         """See `Tiled`; a block ends where the next window begins."""
         h, w = min(self.crop, height), min(self.crop, width)
         tops, lefts = positions(height, self.crop, self.overlap), positions(width, self.crop, self.overlap)
+        bottoms, rights = [*tops[1:], height], [*lefts[1:], width]  # of what no later window touches
         row_shares, column_shares = shares(tops, h, height, self.blend), shares(lefts, w, width, self.blend)
-        below: list[Tensor | None] = [None] * len(lefts)  # what the last row of windows says about this one's pixels
-        for top, bottom, row_share in zip(tops, [*tops[1:], height], row_shares, strict=True):
-            beside: Tensor | None = None  # what the last window of the row says about this one's
+        most = max(top + h - bottom for top, bottom in zip(tops, bottoms, strict=True))
+        below: Tensor | None = None  # (N, K, most, W), what the last row of windows says about pixels of this one
+        overlap = 0  # rows of it that say something
+        for top, bottom, row_share in zip(tops, bottoms, row_shares, strict=True):
+            beside: Tensor | None = None  # what the last window says about pixels of this one
             windows = self.windows(model, read, (top, top + h), [(left, left + w) for left in lefts])
-            for column, (left, right, logits) in enumerate(zip(lefts, [*lefts[1:], width], windows, strict=True)):
-                share = row_share[:, None] * column_shares[column]
-                logits = add(logits * share.to(logits.device), beside)
-                beside = logits[..., right - left :]
-                logits = add(logits[..., : right - left], below[column])
-                below[column] = logits[:, :, bottom - top :].clone()  # the rest of the block can go
+            for left, right, column_share, logits in zip(lefts, rights, column_shares, windows, strict=True):
+                logits = logits * (row_share[:, None] * column_share).to(logits.device)
+                if beside is not None:
+                    logits[..., : beside.shape[-1]] += beside
+                beside, logits = logits[..., right - left :], logits[..., : right - left]
+                if below is None:
+                    below = logits.new_zeros(*logits.shape[:2], most, width)
+                logits[:, :, :overlap] += below[:, :, :overlap, left:right]
+                below[:, :, : top + h - bottom, left:right] = logits[:, :, bottom - top :]
                 yield top, left, logits[:, :, : bottom - top]
+            overlap = top + h - bottom
 
     def windows(
         self, model: Any, read: Read, rows: tuple[int, int], columns: Sequence[tuple[int, int]]
@@ -217,13 +224,6 @@ def shares(starts: Sequence[int], crop: int, length: int, blend: str) -> list[Te
     for start in starts:
         total[start : start + crop] += weight
     return [weight / total[start : start + crop] for start in starts]
-
-
-def add(logits: Tensor, part: Tensor | None) -> Tensor:
-    """Add a part to the upper left corner of logits ``(N, K, h, w)``, in place."""
-    if part is not None:
-        logits[..., : part.shape[-2], : part.shape[-1]] += part
-    return logits
 
 
 def mirror(image: Tensor, above: int, below: int, left: int, right: int) -> Tensor:
