@@ -99,8 +99,8 @@ def warp(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Make the truth as like the prediction as it can be without joining, splitting, adding or removing a cell or hole.
 
     V. Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010, section 2: pixels that
-    differ are flipped where they are simple, till none is. Which end remains can depend on the order, so it is fixed:
-    every second pixel of every second row together, as none of these is a neighbour of another.
+    differ are flipped where they are simple, till none is; pixels that are right stay. What remains can depend on the
+    order, so it is fixed: every second pixel of every second row together, as none of these is another's neighbour.
 
     The challenge's list counts the clusters of what differs that split or join cells instead, over the pixels.
 
