@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import config, shake, succeed
+from conftest import config, draw_pair, shake, succeed
 from conftest import lightning as run
 from PIL import Image
 from torch import Tensor, nn
@@ -282,7 +282,9 @@ def test_scores_of_logits_in_the_cpus_memory_are_those_on_the_gpu(name):
 @pytest.mark.slow
 def test_yaml_and_command_line_agree_beside_a_checkpoint(tree, tmp_path):
     torch.manual_seed(0)
-    model = shake(UNet(3, base_channels=4), torch.randn(2, 3, 48, 64))
+    model = UNet(3, base_channels=4)
+    images = torch.stack([torch.from_numpy(draw_pair(200 + i)[0]).permute(2, 0, 1) for i in range(3)])  # of the tree
+    shake(model, model.preprocess(images))
     checkpoint = {"state_dict": model.state_dict(), "pytorch-lightning_version": lightning.__version__}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "model.ckpt")
