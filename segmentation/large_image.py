@@ -65,15 +65,16 @@ def predict_tiff(
         raise ValueError(
             f"{type(inference).__name__} needs the whole image in memory: set model.inference to SlidingWindow"
         )
+    tiff = TiffReader(image, bands)
+    if len(tiff.bands) != model.in_channels:
+        raise ValueError(
+            f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
+        )
     model.eval()
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f"{output.name}.part")
     columns = TextColumn("{task.completed:,.1f} of {task.total:,.1f} Mpx"), TimeRemainingColumn()
-    with TiffReader(image, bands) as tiff, Progress(BarColumn(), *columns) as progress:
-        if len(tiff.bands) != model.in_channels:
-            raise ValueError(
-                f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
-            )
+    with tiff, Progress(BarColumn(), *columns) as progress:
         task = progress.add_task("", total=tiff.height * tiff.width / 1e6)
 
         def rows() -> Iterator[np.ndarray]:
@@ -163,7 +164,7 @@ class TiffReader:
         self.as_stored = bands is not None
         if bands is None:
             bands = RGB.get(colours, ())
-            if count - len(set(bands)) not in (0, 1) or dtype not in (np.uint8, np.uint16):
+            if not bands or count - len(set(bands)) not in (0, 1) or dtype not in (np.uint8, np.uint16):
                 raise ValueError(
                     f"{path} has {count} bands of {dtype} ({colours}), which are no RGB of 8 or 16 bits: name those "
                     "that the model was trained on, as in --bands '[0]'"
