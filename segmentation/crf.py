@@ -67,7 +67,7 @@ PRESETS = {
 Backend = Literal["torch", "pydensecrf"]
 
 
-def refine(probs: Tensor, image: Tensor, crf: CRF, backend: Backend = "torch", bound: float = 0.01) -> Tensor:
+def refine(probs: Tensor, image: Tensor, crf: CRF, backend: Backend = "torch", bound: float = 0.05) -> Tensor:
     """Run mean field on an image or a batch.
 
     A class whose probability is nowhere above `bound` is left out and gets 0: it costs time and wins no pixel. Such a

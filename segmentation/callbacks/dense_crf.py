@@ -58,7 +58,7 @@ class DenseCRF(L.Callback):
         sigma_gamma: float | None = None,
         iterations: int | None = None,
         backend: Backend = "torch",
-        bound: float = 0.01,
+        bound: float = 0.05,
         workers: int | None = None,
         trimap_widths: Sequence[int] = (1, 2, 5, 10, 20, 40),
         num_images: int = 4,
@@ -92,7 +92,8 @@ class DenseCRF(L.Callback):
         self.room = 2 * workers  # images that wait, at most
         classes = max(2, module.num_classes)
         self.confusion = ConfusionMatrix(classes).to(module.device)
-        self.trimaps = [TrimapIoU(classes, self.trimap_widths).to(module.device) for _ in range(2)]
+        widths = self.trimap_widths
+        self.trimaps = [TrimapIoU(classes, widths).to(module.device) for _ in ("before", "after")] if widths else []
         self.waiting: deque[tuple[Any, ...]] = deque()
         self.rows: list[list[Image.Image]] = []
         self.seen = 0
@@ -140,9 +141,8 @@ class DenseCRF(L.Callback):
         future, name, mask, before, drawn = self.waiting.popleft()
         after = module.labels(self._result(future, name)[None].to(mask.device))
         self.confusion.update(after, mask[None])
-        if self.trimap_widths:
-            self.trimaps[0].update(before[None], mask[None])
-            self.trimaps[1].update(after, mask[None])
+        for trimap, found in zip(self.trimaps, (before[None], after), strict=False):
+            trimap.update(found, mask[None])
         if drawn is not None:
             pixels = rgb(drawn)
             masks = [index_mask(labels, module.palette).convert("RGB") for labels in (mask, before, after[0])]
@@ -154,10 +154,9 @@ class DenseCRF(L.Callback):
             self._take(module)
         values = scores(self.confusion.compute(), module.class_names, self.confusion.image_iou())
         values = {f"crf/{key}": value for key, value in values.items()}
-        if self.trimap_widths:
-            for prefix, trimap in zip(("", "crf/"), self.trimaps, strict=True):
-                for width, matrix in zip(trimap.widths, trimap.compute(), strict=True):
-                    values[f"{prefix}trimap_miou/{width}"] = scores(matrix, module.class_names)["miou"]
+        for prefix, trimap in zip(("", "crf/"), self.trimaps, strict=False):
+            for width, matrix in zip(trimap.widths, trimap.compute(), strict=True):
+                values[f"{prefix}trimap_miou/{width}"] = scores(matrix, module.class_names)["miou"]
         for key, value in values.items():
             module.log(f"{split}/{key}", value.to(module.device, torch.float32), sync_dist=True)
         folder = run_folder(trainer) if trainer.is_global_zero else None

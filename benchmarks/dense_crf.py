@@ -1,0 +1,125 @@
+"""DenseCRF: what a plain loop over pydensecrf costs, and what the callback's way costs, in one run.
+
+    python benchmarks/dense_crf.py                                  # drawn pictures
+    python benchmarks/dense_crf.py --images FOLDER --workers 2      # photographs
+    python benchmarks/dense_crf.py --device cuda                    # the torch backend on a GPU, too
+
+Each picture is 500 x 375 with 21 classes, as in VOC 2012, of which few occur: the probabilities are those of a network
+of stride 8 that is sure of some regions and not of their borders. The plain loop solves one picture after the other with
+all classes; other rows leave out classes that are nowhere probable and, with workers, solve several pictures at once.
+Rows are measured in turn, several times, and the smallest time of each counts.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from PIL import Image
+from rich.box import ASCII2
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.transforms import v2
+
+from datamodules import SyntheticScenes
+from segmentation.crf import PRESETS, refine
+
+HEIGHT, WIDTH, CLASSES = 375, 500, 21
+CRF = PRESETS["deeplabv2"]
+
+
+def pictures(folder: str | None, count: int) -> list[Tensor]:
+    """Photographs of a folder or drawn scenes: uint8 ``(1, 3, 375, 500)``."""
+    if folder is None:
+        data = SyntheticScenes()
+        data.setup("test")
+        found = [data.datasets["test"].read(i)[0] for i in range(count)]
+    else:
+        files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if not files:
+            raise ValueError(f"the folder {folder} holds no JPEG or PNG")
+        found = [v2.functional.pil_to_tensor(Image.open(f).convert("RGB")) for f in files[:: -(-len(files) // count)]]
+    return [v2.functional.resize(picture, [HEIGHT, WIDTH], antialias=True)[None] for picture in found]
+
+
+def probabilities(picture: Tensor, seed: int, occurring: int) -> Tensor:
+    """Probabilities as of a network of stride 8, on regions of similar colour: ``(1, 21, 375, 500)``."""
+    generator = torch.Generator().manual_seed(seed)
+    small = F.interpolate(picture.float(), scale_factor=1 / 8, mode="area")
+    centres = small.flatten(2)[0, :, torch.randperm(small[0, 0].numel(), generator=generator)[:occurring]]  # (3, n)
+    distance = (small[0, :, None] - centres[:, :, None, None]).square().sum(dim=0).sqrt()  # (n, h, w)
+    logits = -8 + torch.randn(1, CLASSES, *small.shape[2:], generator=generator)
+    nearer = (distance.amin(dim=0) - distance) / 10  # 0 for the nearest centre
+    logits[0, :occurring] = nearer + torch.randn(distance.shape, generator=generator)
+    return F.interpolate(logits, size=(HEIGHT, WIDTH), mode="bilinear").softmax(dim=1)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=str | None, default=None, help="folder of photographs")
+    parser.add_argument("--count", type=int, default=8, help="pictures")
+    parser.add_argument("--occurring", type=int, default=3, help="classes that occur")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--bound", type=float, default=0.05, help="classes that are nowhere more probable are left out")
+    parser.add_argument("--repeats", type=int, default=3, help="times that every row is measured")
+    parser.add_argument("--device", type=str, default="cpu", help="of one more row")
+    args = parser.parse_args()
+    images = pictures(args.images, args.count)
+    probs = [probabilities(image, seed, args.occurring) for seed, image in enumerate(images)]
+    torch.set_num_threads(1)
+    context = torch.multiprocessing.get_context()
+    pool = ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,))
+
+    def alone(backend: str, bound: float) -> list[Tensor]:
+        return [refine(p, image, CRF, backend, bound) for p, image in zip(probs, images, strict=True)]
+
+    def together(backend: str) -> list[Tensor]:
+        n = len(images)
+        return list(pool.map(refine, probs, images, [CRF] * n, [backend] * n, [args.bound] * n))
+
+    def on_device() -> list[Tensor]:
+        moved = torch.cat(probs).to(args.device), torch.cat(images).to(args.device)
+        refined = refine(*moved, CRF, "torch", args.bound)
+        return list(refined.cpu().split(1))
+
+    rows: dict[str, Callable[[], list[Tensor]]] = {
+        "pydensecrf, plain loop": lambda: alone("pydensecrf", 0),
+        "pydensecrf, classes left out": lambda: alone("pydensecrf", args.bound),
+        f"pydensecrf, {args.workers} workers": lambda: together("pydensecrf"),
+        "torch, all classes": lambda: alone("torch", 0),
+        "torch, classes left out": lambda: alone("torch", args.bound),
+        f"torch, {args.workers} workers": lambda: together("torch"),
+    }
+    if args.device != "cpu":
+        rows[f"torch, one batch on {args.device}"] = on_device
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    labels = {}
+    for repeat in range(args.repeats + 1):  # the first warms up: processes start, and so does a GPU
+        for name, run in rows.items():
+            start = time.perf_counter()
+            result = run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+            labels[name] = torch.cat(result).argmax(dim=1)
+    kept = sum(int((p.amax(dim=(0, 2, 3)) > args.bound).sum()) for p in probs) / len(probs)
+    title = f"{len(images)} pictures, {WIDTH} x {HEIGHT}, {CLASSES} classes, {kept:.1f} of them above {args.bound}"
+    table = Table("", "s per picture", "times as fast", "labels equal", title=title, box=ASCII2)
+    first = next(iter(rows))
+    for name, times in seconds.items():
+        equal = (labels[name] == labels[first]).float().mean().item()
+        ratio = min(seconds[first]) / min(times)
+        table.add_row(name, f"{min(times) / len(images):.3f}", f"{ratio:.2f}", f"{equal:.3%}")
+    Console(width=100).print(table)
+    changed = (torch.cat(probs).argmax(dim=1) != labels[first]).float().mean().item()
+    sys.stdout.write(f"the CRF changed {changed:.2%} of the labels\n")
+
+
+if __name__ == "__main__":
+    main()
