@@ -14,6 +14,7 @@ The time grows with its area.
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def predict_tiff(
             see also `TiffReader`.
         FileNotFoundError: if the image does not exist.
     """
+    tiff = TiffReader(image, bands)
+    if len(tiff.bands) != model.in_channels:
+        raise ValueError(
+            f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
+        )
     if output.exists() and (not overwrite or output.samefile(image)):
         raise ValueError(f"{output} exists already: give another --output, or --overwrite true for an earlier result")
     inference = model.inference
@@ -65,37 +71,14 @@ def predict_tiff(
         raise ValueError(
             f"{type(inference).__name__} needs the whole image in memory: set model.inference to SlidingWindow"
         )
-    tiff = TiffReader(image, bands)
-    if len(tiff.bands) != model.in_channels:
-        raise ValueError(
-            f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
-        )
-    model.eval()
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f"{output.name}.part")
     columns = TextColumn("{task.completed:,.1f} of {task.total:,.1f} Mpx"), TimeRemainingColumn()
     with tiff, Progress(BarColumn(), *columns) as progress:
-        task = progress.add_task("", total=tiff.height * tiff.width / 1e6)
-
-        def rows() -> Iterator[np.ndarray]:
-            """Labels of one row of blocks after the other, ``(h, W)``."""
-
-            def read(*window: int) -> Tensor:
-                return model.preprocess(tiff.read(*window))
-
-            for _, left, logits in inference.blocks(model, read, tiff.height, tiff.width):
-                height, width = logits.shape[-2:]
-                if left == 0:
-                    labels = np.empty((height, tiff.width), np.uint8)
-                labels[:, left : left + width] = model.labels(model.probabilities(logits))[0].cpu().numpy()
-                progress.advance(task, height * width / 1e6)
-                if left + width == tiff.width:
-                    yield labels
-
         try:
             tifffile.imwrite(
                 part,
-                tiles(rows(), tiff.height, tiff.width),
+                tiles(label_rows(model.eval(), inference, tiff, progress), tiff.height, tiff.width),
                 shape=(tiff.height, tiff.width),
                 dtype=np.uint8,
                 bigtiff=tiff.height * tiff.width > 2**32 - 2**25,  # as if nothing could be compressed
@@ -115,6 +98,25 @@ def predict_tiff(
     print(f"labels       {output}")
 
 
+def label_rows(
+    model: SegmentationModule, inference: Tiled, tiff: "TiffReader", progress: Progress
+) -> Iterator[np.ndarray]:
+    """Labels ``(h, W)`` of one row of blocks after the other, with a bar of the area done."""
+    task = progress.add_task("", total=tiff.height * tiff.width / 1e6)
+
+    def read(*window: int) -> Tensor:
+        return model.preprocess(tiff.read(*window))
+
+    for _, left, logits in inference.blocks(model, read, tiff.height, tiff.width):
+        height, width = logits.shape[-2:]
+        if left == 0:
+            labels = np.empty((height, tiff.width), np.uint8)
+        labels[:, left : left + width] = model.labels(model.probabilities(logits))[0].cpu().numpy()
+        progress.advance(task, height * width / 1e6)
+        if left + width == tiff.width:
+            yield labels
+
+
 def tiles(rows: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
     """Cut rows of labels ``(h, W)`` of any heights into tiles ``(TILE, TILE)``, with zeros outside the image."""
     waiting = np.empty((0, width), np.uint8)
@@ -125,6 +127,17 @@ def tiles(rows: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.nd
         waiting = waiting[done:]
         for top, left in itertools.product(range(0, done, TILE), range(0, width, TILE)):
             yield np.ascontiguousarray(whole[top : top + TILE, left : left + TILE])
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Turn what tifffile raises into one sentence that names the file."""
+    try:
+        yield
+    except Exception as error:  # a damaged file breaks it in many ways, and every compression has errors of its own
+        reason = " ".join(str(error).split())
+        cure = "install it, or convert the file to deflate" if "imagecodecs" in reason else "replace it"
+        raise ValueError(f"{path} cannot be read as a TIFF ({reason}): {cure}") from error
 
 
 class TiffReader:
@@ -148,12 +161,10 @@ class TiffReader:
         if not path.is_file():
             raise FileNotFoundError(f"the image {path} does not exist")
         self.path = path
-        try:
+        with decoding(path):
             self.file = tifffile.TiffFile(path)
-        except tifffile.TiffFileError as error:
-            raise ValueError(f"{path} cannot be read as a TIFF ({error}): convert it to one") from error
-        self.series: Any = self.file.series[0]
-        self.page: Any = self.series.keyframe
+            self.series: Any = self.file.series[0]
+            self.page: Any = self.series.keyframe
         self.height, self.width = int(self.page.imagelength), int(self.page.imagewidth)
         tags = (self.page.tags.get(code) for code in GEOTIFF)
         self.place = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags if tag is not None]
@@ -212,7 +223,8 @@ class TiffReader:
     def _mapped(self, top: int, bottom: int) -> np.ndarray:
         """Rows of an uncompressed file. It is mapped anew each time, so that pages once read do not stay in memory."""
         dtype = self.page.dtype.newbyteorder(self.file.byteorder)
-        stored = np.memmap(self.path, dtype, "r", self.series.dataoffset, self.series.shape)
+        with decoding(self.path):
+            stored = np.memmap(self.path, dtype, "r", self.series.dataoffset, self.series.shape)
         y, x = (self.series.axes.index(axis) for axis in "YX")
         rows = np.moveaxis(stored, (y, x), (-2, -1)).reshape(-1, self.height, self.width)[:, top:bottom]
         return np.stack([rows[band] for band in self.bands]).astype(self.page.dtype)
@@ -239,13 +251,9 @@ class TiffReader:
 
     def _decode(self, page: int, index: int) -> np.ndarray:
         """A tile or strip, ``(h, w, samples)``."""
-        stored = self.series.pages[page]
-        self.file.filehandle.seek(stored.dataoffsets[index])
-        data = self.file.filehandle.read(stored.databytecounts[index])
-        try:
+        with decoding(self.path):
+            stored = self.series.pages[page]
+            self.file.filehandle.seek(stored.dataoffsets[index])
+            data = self.file.filehandle.read(stored.databytecounts[index])
             piece = self.page.decode(data or None, index, jpegtables=self.page.jpegtables)[0]
-        except Exception as error:  # every compression has errors of its own
-            reason = " ".join(str(error).split())
-            cure = "install it, or convert the file to deflate" if "imagecodecs" in reason else "replace it"
-            raise ValueError(f"{self.path} cannot be read ({reason}): {cure}") from error
         return np.zeros((*self._piece, self.page.samplesperpixel), self.page.dtype) if piece is None else piece[0]

@@ -233,6 +233,10 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
     model = network(pixels)
     good = write(tmp_path / "image.tif", pixels, **LAYOUTS["tiles"])
     (tmp_path / "text.tif").write_text("no picture")
+    for length in (4, 8, 100, 300, 5000):
+        (tmp_path / f"cut{length}.tif").write_bytes(good.read_bytes()[:length])
+    uncompressed = write(tmp_path / "uncompressed.tif", pixels)
+    uncompressed.write_bytes(uncompressed.read_bytes()[:-1])
     damaged = tmp_path / "damaged.tif"
     damaged.write_bytes(good.read_bytes()[:5000] + bytes(good.stat().st_size - 5000))
     write(tmp_path / "float.tif", scene(3, np.float32))
@@ -242,6 +246,8 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
         (tmp_path / "none.tif", None, FileNotFoundError, "none.tif does not exist"),
         (tmp_path / "text.tif", None, ValueError, "text.tif cannot be read as a TIFF"),
         (damaged, None, ValueError, "damaged.tif cannot be read .*: replace it"),
+        *((tmp_path / f"cut{n}.tif", None, ValueError, "cannot be read .*: replace") for n in (4, 8, 100, 300, 5000)),
+        (uncompressed, None, ValueError, "uncompressed.tif cannot be read .*: replace it"),
         (tmp_path / "float.tif", None, ValueError, "float.tif has 3 bands of float32 .* --bands"),
         (tmp_path / "palette.tif", None, ValueError, "PALETTE"),
         (tmp_path / "volume.tif", None, ValueError, "one axis of bands"),
