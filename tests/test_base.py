@@ -173,8 +173,8 @@ def test_imports_keep_the_agreed_directions():
         "base": {"inference", "losses", "metrics", "weights"},
         "large_image": {"base", "inference", "pictures"},
         "receptive_field_report": {"base", "receptive_field"},
-        "callbacks": {"base", "crf", "losses", "metrics", "em_metrics", "pictures", "boundary_scores", "em_scores",
-                      "report", "report_pictures", "prediction_logger", "prediction_writer"},
+        "callbacks": {"base", "crf", "losses", "metrics", "em_metrics", "pictures", "boundary_scores", "dense_crf",
+                      "em_scores", "report", "report_pictures", "prediction_logger", "prediction_writer"},
     }  # fmt: skip
     for file in (project / "segmentation").rglob("*.py"):
         name = file.parent.name if file.parent.name == "callbacks" else file.stem
