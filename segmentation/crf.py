@@ -6,13 +6,13 @@ Eurographics 2010.
 """
 
 import importlib.util
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST = 1e-5  # probabilities below it count as it, as in pydensecrf's utilities
@@ -123,7 +123,8 @@ def mean_field(probs: Tensor, image: Tensor, crf: CRF) -> Tensor:
     unary = probs.clamp(min=SMALLEST).log().permute(0, 2, 3, 1).reshape(size, k)
     q = softmax(unary.clone())
     for _ in range(crf.iterations):  # message passing, compatibility (Potts), local update
-        q = softmax(unary + crf.w1 * appearance.filter(q) + crf.w2 * smoothness.filter(q))
+        messages = appearance.filter(q).mul_(crf.w1).add_(smoothness.filter(q), alpha=crf.w2)
+        q = softmax(messages.add_(unary))
     return q.view(n, height, width, k).permute(0, 3, 1, 2)
 
 
@@ -178,40 +179,40 @@ class Lattice:
         first = ((nearest.long() * (d + 1) - low) * value).sum(dim=1) + group * of_group
         first -= (d + 1) * (turn * value[order]).sum(dim=1)
         steps = value.sum() - (d + 1) * value[order].flip(1)[:, :-1]
-        numbers = torch.cat([first[:, None], steps], dim=1).cumsum(dim=1)  # (size, d + 1)
-        points, corners = numbers.unique(return_inverse=True)
+        numbers = torch.cat([first[:, None], steps], dim=1).cumsum(dim=1).flatten()  # of each point's corners
 
-        # neighbours along each direction; the entry after the last stands for points that are not there, and stays 0
-        count = len(points)
-        self.neighbours = []
+        # the lattice points in order, the corners that are each of them, and its neighbours along each direction
+        numbers, self.lent = numbers.sort()
+        points, which, shares = numbers.unique_consecutive(return_inverse=True, return_counts=True)
+        count = len(points)  # and one more, which stands for points that are not there and stays 0
+        self.corners = torch.empty_like(which, dtype=torch.int32).scatter_(0, self.lent, which.int()).view(size, d + 1)
+        self.ends = F.pad(shares.cumsum(dim=0), (1, 1), value=0).int()
+        self.ends[-1] = self.ends[-2]
+        self.blurs = []
         for direction in range(d + 1):
             wanted = points + value.sum() - (d + 1) * value[direction]
             found = torch.searchsorted(points, wanted).clamp(max=count - 1)
             there = (points[found] == wanted).nonzero()[:, 0]
-            ahead, behind = (torch.full((count + 1,), count, dtype=torch.int32, device=place) for _ in range(2))
-            ahead[there] = found[there].int()
-            behind[found[there]] = there.int()
-            self.neighbours.append((ahead, behind))
+            around = torch.full((count + 1, 3), count, dtype=torch.int32, device=place)
+            around[:count, 1] = torch.arange(count, device=place)
+            around[there, 2] = found[there].int()
+            around[found[there], 0] = there.int()
+            self.blurs.append(around)
+        self.blur_weights = torch.tensor([0.5, 1, 0.5], device=place).repeat(count + 1, 1)
 
-        rows = torch.arange(0, size * (d + 1) + 1, d + 1, dtype=torch.int32, device=place)
-        corners = corners.flatten().int()
-        scale = 1 / (1 + 2.0**-d)
-        self._connect(rows, corners, corner_weights.flatten() * scale**0.5, (size, count + 1))
+        self.weights = corner_weights / (1 + 2.0**-d) ** 0.5
+        self.lent_weights = self.weights.flatten()[self.lent]
+        self.lent = (self.lent // (d + 1)).int()
         norm = self.filter(torch.ones(size, 1, device=place)).clamp(min=1e-20).rsqrt()
-        self._connect(rows, corners, (corner_weights * norm).flatten() * scale**0.5, (size, count + 1))
-
-    def _connect(self, rows: Tensor, corners: Tensor, weights: Tensor, shape: tuple[int, int]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            self.slice = torch.sparse_csr_tensor(rows, corners, weights, shape, check_invariants=False)
-            self.splat = self.slice.t().to_sparse_csr()
+        self.weights, self.lent_weights = self.weights * norm, self.lent_weights * norm[self.lent, 0]
 
     def filter(self, values: Tensor) -> Tensor:
-        """Gaussian means around every point: ``(size, K)`` -> ``(size, K)``."""
-        x = self.splat @ values
-        for ahead, behind in self.neighbours:
-            x = x.add(x.index_select(0, ahead).add_(x.index_select(0, behind)), alpha=0.5)
-        return self.slice @ x
+        """Gaussian means around every point: ``(size, K)`` -> ``(size, K)``. Each step is a sum of weighted rows."""
+        lent = {"per_sample_weights": self.lent_weights, "include_last_offset": True}
+        x = F.embedding_bag(self.lent, values, self.ends, mode="sum", **lent)  # (count + 1, K)
+        for around in self.blurs:
+            x = F.embedding_bag(around, x, mode="sum", per_sample_weights=self.blur_weights)
+        return F.embedding_bag(self.corners, x, mode="sum", per_sample_weights=self.weights)
 
 
 @lru_cache(maxsize=4)
