@@ -5,7 +5,7 @@
     python benchmarks/dense_crf.py --device cuda                    # the torch backend on a GPU, too
 
 Each picture is 500 x 375 with 21 classes, as in VOC 2012, of which few occur: the probabilities are those of a network
-of stride 8 that is sure of some regions and not of their borders. The plain loop solves one picture after the other with
+of stride 8 that is sure of some regions and not of their borders. The plain loop solves one picture after another with
 all classes; other rows leave out classes that are nowhere probable and, with workers, solve several pictures at once.
 Rows are measured in turn, several times, and the smallest time of each counts.
 """
