@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlparse
 
 import lightning as L
@@ -106,6 +106,51 @@ class Trainer(L.Trainer):
         if found.failed:
             raise SystemExit(1)
 
+    def tune_crf(
+        self,
+        model: segmentation.SegmentationModule | None = None,
+        datamodule: datamodules.SegmentationDataModule | None = None,
+        ckpt_path: str | None = None,
+        num_images: int = 100,
+        w1: Sequence[float] = (3, 4, 5, 6),
+        sigma_alpha: Sequence[float] = (30, 40, 50, 60, 70, 80, 90, 100),
+        sigma_beta: Sequence[float] = (3, 4, 5, 6),
+        w2: float = 3.0,
+        sigma_gamma: float = 1.0,
+        iterations: int = 10,
+        backend: Literal["torch", "pydensecrf"] = "torch",
+        grid: bool = False,
+        workers: int | None = None,
+        output_dir: str = "tune_crf",
+        weights_only: bool | None = None,
+    ) -> None:
+        """Searches the DenseCRF that suits a trained network best, on images of the validation split.
+
+        Args:
+            model: the network.
+            datamodule: the data set.
+            ckpt_path: its weights.
+            num_images: of the split `val`, evenly spread.
+            w1: values to try; these and the next two are DeepLab v2's.
+            sigma_alpha: values to try, in pixels.
+            sigma_beta: values to try, in steps of 255.
+            w2: stays.
+            sigma_gamma: stays.
+            iterations: of mean field.
+            backend: torch or pydensecrf.
+            grid: try all combinations, not from coarse to fine.
+            workers: processes; one per core if not given.
+            output_dir: folder for all scores, search.csv.
+            weights_only: stands in the config.yaml of a run, and changes nothing: checkpoints are always read so.
+        """
+        from segmentation.crf_search import tune
+
+        if model is None or ckpt_path is None:
+            raise ValueError("tune_crf needs a trained network: give --ckpt_path")
+        fixed = {"w2": w2, "sigma_gamma": sigma_gamma, "iterations": iterations}
+        axes, device = (w1, sigma_alpha, sigma_beta), self.strategy.root_device
+        tune(model, datamodule, ckpt_path, num_images, axes, fixed, backend, grid, workers, device, Path(output_dir))
+
     def predict_tiff(
         self,
         model: segmentation.SegmentationModule | None = None,
@@ -139,9 +184,9 @@ class Trainer(L.Trainer):
         predict_tiff(model.to(self.strategy.root_device), Path(image), Path(output), bands, overwrite)
 
 
-COMMANDS = (Trainer.receptive_field, Trainer.check_data, Trainer.predict_tiff)  # our own
+COMMANDS = (Trainer.receptive_field, Trainer.check_data, Trainer.tune_crf, Trainer.predict_tiff)  # our own
 NEEDS = {  # what a command cannot do without; what it does not name is left out of its config
-    **dict.fromkeys(("fit", "validate", "test", "predict"), ("model", "data")),
+    **dict.fromkeys(("fit", "validate", "test", "predict", "tune_crf"), ("model", "data")),
     "receptive_field": ("model",),
     "check_data": ("data",),
     "predict_tiff": ("model",),
