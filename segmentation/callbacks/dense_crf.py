@@ -90,6 +90,7 @@ class DenseCRF(L.Callback):
             context = torch.multiprocessing.get_context()  # passes tensors through shared memory
             self.pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
         self.room = 2 * workers  # images that wait, at most
+        self.place = module.device if on_gpu and not workers else torch.device("cpu")
         classes = max(2, module.num_classes)
         self.confusion = ConfusionMatrix(classes).to(module.device)
         widths = self.trimap_widths
@@ -101,9 +102,9 @@ class DenseCRF(L.Callback):
     def _submit(self, probs: Tensor, image: Tensor) -> Future[Tensor]:
         """Refine one image, ``(K, H, W)`` and ``(C, H, W)``, here or in a process."""
         raw = image if image.dtype == torch.uint8 and len(image) == 3 else torch.from_numpy(rgb(image)).permute(2, 0, 1)
-        probs, raw = probs[None], raw[None]
+        probs, raw = probs[None].to(self.place), raw[None].to(self.place)
         if self.pool is not None:
-            return self.pool.submit(refine, probs.cpu(), raw.cpu(), self.crf, self.backend, self.bound)
+            return self.pool.submit(refine, probs, raw, self.crf, self.backend, self.bound)
         done: Future[Tensor] = Future()
         try:
             done.set_result(refine(probs, raw, self.crf, self.backend, self.bound))
