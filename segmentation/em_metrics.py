@@ -64,8 +64,8 @@ class EMErrors(Metric):
 def rand_error(truth: np.ndarray, prediction: np.ndarray) -> float:
     """One minus the F-score of pairs of pixels that lie in one cell: the adapted Rand error, of true cells alone.
 
-    Section 2.4 of the paper, whose sums pair each pixel with itself too; as in scikit-image, they do not here (some
-    0.00005 less or more on slices of 512 x 512). A pixel of a true cell that is predicted membrane is in no pair.
+    The paper's sums also pair each pixel with itself; as in scikit-image, they do not here, which makes less than
+    0.0001 on slices of 512 x 512. A pixel of a true cell that is predicted membrane is in no pair.
 
     Args:
         truth: bool ``(H, W)``, true in cells.
@@ -91,6 +91,9 @@ def warping_error(truth: np.ndarray, prediction: np.ndarray) -> float:
     Args:
         truth: bool ``(H, W)``, true in cells.
         prediction: likewise.
+
+    Returns:
+        0 to 1, the mean over the pixels.
     """
     return float((warp(truth, prediction) != prediction).mean())
 
@@ -98,11 +101,12 @@ def warping_error(truth: np.ndarray, prediction: np.ndarray) -> float:
 def warp(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Make the truth as like the prediction as it can be without joining, splitting, adding or removing a cell or hole.
 
-    V. Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010, section 2: pixels that
-    differ are flipped where they are simple, till none is; pixels that are right stay. What remains can depend on the
-    order, so it is fixed: every second pixel of every second row together, as none of these is another's neighbour.
+    V. Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010: pixels that differ are
+    flipped where they are simple, till none is; pixels that are right stay. What remains can depend on the order, so
+    it is fixed: every second pixel of every second row together, as none of these is another's neighbour.
 
-    The challenge's list counts the clusters of what differs that split or join cells instead, over the pixels.
+    The challenge's published list counts, of what remains, only the clusters that split or join cells: its values are
+    much lower, such as U-Net's 0.000353.
 
     Args:
         truth: bool ``(H, W)``, true in cells.

@@ -90,9 +90,9 @@ class ConfusionMatrix(Metric):
 class TrimapIoU(Metric):
     """Confusion matrices of the pixels near true contours, in bands of several widths.
 
-    Kohli et al., "Robust higher order potentials", IJCV 2009, section 5; Figure 10 of DeepLab v2. A contour is where
-    two neighbours (left and right, above and below) have different labels in the truth, ignored ones too: there the
-    annotators saw an object end. Both pixels are within 1 of it, a pixel at distance d of the nearest such pixel,
+    Kohli et al., "Robust higher order potentials", IJCV 2009, and Figure 10 of DeepLab v2. A contour is where two
+    neighbours (left and right, above and below) have different labels in the truth, ignored ones too: there the
+    annotators saw an object end. Both pixels are within 1 of it; a pixel at distance d of the nearest such pixel,
     centre to centre, is within 1 + d. Ignored pixels are counted nowhere.
 
     Args:
@@ -132,9 +132,9 @@ class BoundaryIoU(Metric):
     """IoU of the pixels of each class near its contour, in prediction and in truth.
 
     Cheng et al., "Boundary IoU: improving object-centric image segmentation evaluation", CVPR 2021
-    (arXiv:2103.16562), equation 1. The boundary region of a class is what d erosions with a 3x3 square take from it,
-    the image's border taken for a contour, as in the authors' code; d is a share of the image's diagonal, rounded and
-    at least 1. Intersections and unions are summed over the data set.
+    (arXiv:2103.16562). The boundary region of a class is what d erosions with a 3x3 square take from it, the image's
+    border taken for a contour, as in the authors' code; d is a share of the image's diagonal, rounded and at least 1.
+    Intersections and unions are summed over the data set.
 
     Ignored pixels are ignored in the prediction too: they belong to no class, so classes of prediction and truth have
     a contour along them, and they are counted in neither.

@@ -186,7 +186,7 @@ def test_the_command_leaves_results(trained):
     printed = succeed("test", "--config", trained / "config.yaml", "--ckpt_path", "best", cwd=trained)
     newest = max(run.glob("version_*"), key=lambda folder: int(folder.name.partition("_")[2]))
     results = json.loads((newest / "results.json").read_text())
-    assert results["class_names"] == CLASSES and results["split"] == "test on split 'test'"
+    assert results["class_names"] == CLASSES and results["split"] == "test"
     assert results["checkpoint"].endswith("version_0/checkpoints/best.ckpt")
     assert torch.tensor(results["confusion"]).sum() == 3 * 46 * 64  # two rows of each test mask are ignored
     assert number(results["scores"]["fwiou"]) in printed and str(newest / "confusion.png") in printed

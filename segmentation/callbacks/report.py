@@ -34,10 +34,12 @@ NUMBERS = {
     "warping_error": ("warping error", "pixels wrong once the truth is warped; mean over slices"),
     "_threshold": ("threshold", "of the membrane probability, at which the error is lowest"),
 }
-AVERAGES = {  # of IoU, and who reports it
+# The averages of IoU, and who reports them. Of one image, smp takes the IoU of absent classes for 1; torchmetrics' mean
+# is over all pairs of an image and a class that occurs in it.
+AVERAGES = {
     "miou": "VOC, Cityscapes, ADE, FCN, mmseg; torchmetrics, smp macro",
     "micro_iou": "smp micro; torchmetrics JaccardIndex micro",
-    "image_iou": "nearly: smp macro-imagewise, torchmetrics MeanIoU",  # absent classes are 1; pairs of image and class
+    "image_iou": "nearly: smp macro-imagewise, torchmetrics MeanIoU",
     "fwiou": "FCN, detectron2; torchmetrics JaccardIndex weighted",
 }
 
@@ -85,9 +87,10 @@ class Report(L.Callback):
     def _report(self, trainer: Any, pl_module: Any, split: str) -> None:
         if not trainer.is_global_zero:
             return
-        names, title = pl_module.class_names, split
+        names, title, part = pl_module.class_names, split, split
         if split == "test" and trainer.datamodule is not None:
-            title = f"test on split '{trainer.datamodule.test_split}'"
+            part = trainer.datamodule.test_split
+            title = f"test on split '{part}'"
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         values = {key.removeprefix(f"{split}/"): logged[key] for key in logged if key.startswith(f"{split}/")}
         paths: dict[str, Any] = {}
@@ -97,7 +100,7 @@ class Report(L.Callback):
         folder = run_folder(trainer)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            write_results(folder / "results.json", title, paths.get("checkpoint"), names, self.confusion, values)
+            write_results(folder / "results.json", part, paths.get("checkpoint"), names, self.confusion, values)
             draw_confusion(self.confusion, names, folder / "confusion.png")
             draw_iou([values[f"iou/{name}"] for name in names], names, values["miou"], folder / "iou.png")
             files = ("results.json", "confusion.png", "iou.png", "panel.png", "crf.png")
@@ -180,11 +183,11 @@ def further_table(values: dict[str, float]) -> Table:
 
 
 def write_results(
-    file: Path, title: str, checkpoint: str | None, class_names: list[str], matrix: Tensor, values: dict[str, float]
+    file: Path, split: str, checkpoint: str | None, class_names: list[str], matrix: Tensor, values: dict[str, float]
 ) -> None:
     """Write all numbers and what they mean as JSON, with null for a number that does not exist."""
     results = {
-        "split": title,
+        "split": split,
         "checkpoint": checkpoint,
         "class_names": class_names,
         "confusion": matrix.tolist(),
