@@ -253,7 +253,8 @@ class SegmentationModule(L.LightningModule):
             losses.append(self.evaluation_loss(part, truth))
             weights.append(weight.sum())
             self.mean_loss.update(losses[-1], weight=weights[-1])
-            labels.append(self.labels(self.probabilities(part)))
+            ordered = part if self.num_classes > 1 else self.probabilities(part)  # softmax would change no order
+            labels.append(self.labels(ordered))
         self.confusion.update(torch.cat(labels, dim=1), mask)  # whole images, of which it also takes each one's IoU
         share = torch.stack(weights) / torch.stack(weights).sum().clamp(min=torch.finfo(torch.float32).tiny)
         return {"loss": (torch.stack(losses) * share).sum(), "logits": logits}
