@@ -183,13 +183,44 @@ class Trainer(L.Trainer):
             model.load_state_dict(checkpoint["state_dict"])
         predict_tiff(model.to(self.strategy.root_device), Path(image), Path(output), bands, overwrite)
 
+    def export(
+        self,
+        model: segmentation.SegmentationModule | None = None,
+        ckpt_path: str | None = None,
+        format: Literal["onnx", "torch_export"] = "onnx",
+        output: str | None = None,
+        size: int | list[int] | None = None,
+        dtype: Literal["uint8", "uint16", "float32"] = "uint8",
+        weights_only: bool | None = None,
+    ) -> None:
+        """Writes a trained network to a file that runs without this package: stored pixels in, probabilities out.
 
-COMMANDS = (Trainer.receptive_field, Trainer.check_data, Trainer.tune_crf, Trainer.predict_tiff)  # our own
+        Args:
+            model: the network; the checkpoint's own, if none is named.
+            ckpt_path: its weights, class names and palette.
+            format: ONNX, or a program of torch.export.
+            output: the file; without, it lies beside the checkpoint.
+            size: the only size that the graph takes, a side in pixels or [height, width]; without, it takes any.
+            dtype: of the stored pixels.
+            weights_only: stands in the config.yaml of a run, and changes nothing: checkpoints are always read so.
+        """
+        from segmentation.export import export_network
+
+        if ckpt_path is None:
+            raise ValueError("export needs a trained network: give --ckpt_path")
+        assert model is not None  # `NEEDS` says so
+        export_network(model, ckpt_path, format, output, size, dtype)
+
+
+COMMANDS = (  # our own
+    Trainer.receptive_field, Trainer.check_data, Trainer.tune_crf, Trainer.predict_tiff, Trainer.export
+)  # fmt: skip
 NEEDS = {  # what a command cannot do without; what it does not name is left out of its config
     **dict.fromkeys(("fit", "validate", "test", "predict", "tune_crf"), ("model", "data")),
     "receptive_field": ("model",),
     "check_data": ("data",),
     "predict_tiff": ("model",),
+    "export": ("model",),
 }
 
 

@@ -232,8 +232,6 @@ def mirror(image: Tensor, above: int, below: int, left: int, right: int) -> Tens
     Shape:
         ``(..., H, W)`` -> ``(..., above + H + below, left + W + right)``.
     """
-    if not (above or below or left or right):
-        return image
     height, width = image.shape[-2:]
     rows, columns = reflect(-above, height + below, height), reflect(-left, width + right, width)
     return image[..., rows[:, None].to(image.device), columns.to(image.device)]
@@ -250,8 +248,8 @@ def reflect(start: int, stop: int, length: int) -> Tensor:
     """The pixels 0 .. length - 1 at the positions from start to stop of a mirrored line."""
     position = torch.arange(start, stop)
     period = max(1, 2 * (length - 1))  # there and back again; the border pixel is not doubled
-    position = position % period
-    return torch.minimum(position, period - position) if length > 1 else position * 0
+    position = position - position // period * period  # the remainder, which ONNX takes of constants alone
+    return torch.minimum(position, period - position)
 
 
 def resize(scores: Tensor, size: Sequence[int]) -> Tensor:

@@ -172,7 +172,7 @@ def test_imports_keep_the_agreed_directions():
         "inference": set(), "crf": set(), "crf_search": {"base", "crf", "metrics"},
         "base": {"inference", "losses", "metrics", "weights"},
         "large_image": {"base", "inference", "pictures"},
-        "receptive_field_report": {"base", "receptive_field"},
+        "receptive_field_report": {"base", "receptive_field"}, "export": {"base"},
         "callbacks": {"base", "crf", "losses", "metrics", "em_metrics", "pictures", "boundary_scores", "dense_crf",
                       "em_scores", "report", "report_pictures", "prediction_logger", "prediction_writer"},
     }  # fmt: skip
