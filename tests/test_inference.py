@@ -261,22 +261,46 @@ def test_it_is_no_part_of_a_checkpoint():
     assert "inference" not in arguments and arguments["base_channels"] == 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["unet", "binary"])
-def test_scores_of_logits_in_the_cpus_memory_are_those_on_the_gpu(name):
-    """The logits of 300 rows come in two strips, and stay outside the GPU."""
-    batch = {"image": torch.rand(1, 3, 300, 40).cuda(), "mask": torch.randint(0, 2, (1, 300, 40)).cuda()}
-    batch["mask"][:, :100] = 255
-    found = {}
-    for inference in (Whole(), SlidingWindow(1000)):
+class Elsewhere(Tensor):
+    """A tensor that says it is not where the mask is."""
+
+    device = property(lambda self: torch.device("meta"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_in_strips_are_those_at_once(name):
+    """Logits of 600 rows in another memory are brought to the mask in three strips."""
+
+    class Away(Whole):
+        def __call__(self, model, image):
+            return model(image).as_subclass(Elsewhere)
+
+    torch.manual_seed(0)
+    mask = torch.randint(0, 2, (2, 600, 24))
+    mask[:, 100:400] = 255  # the second strip has no label
+    batch = {"image": torch.rand(2, 3, 600, 24), "mask": mask}
+    found = []
+    for inference in (Whole(), Away()):
         torch.manual_seed(0)
-        model = MODELS[name](inference=inference).cuda().eval()
+        model, strips = MODELS[name](inference=inference).eval(), []
+        model.loss.register_forward_pre_hook(lambda _, args, strips=strips: strips.append(args[1].shape[1]))
         with torch.inference_mode():
             out = model.validation_step(batch, 0)
-        found[type(inference)] = (out["loss"], model.confusion.compute(), model.mean_loss.compute())
-    assert out["logits"].device.type == "cpu"
-    for ours, theirs in zip(found[Whole], found[SlidingWindow], strict=True):
-        torch.testing.assert_close(ours, theirs)
+        found.append((strips, out["loss"], model.mean_loss.compute(), model.confusion.compute()))
+    (whole, *values), (parts, *theirs) = found
+    assert whole == [600] and parts == [256, 256, 88]
+    for ours, other in zip(values, theirs, strict=True):
+        torch.testing.assert_close(other.as_subclass(Tensor), ours)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_logits_of_windows_stay_outside_the_gpu():
+    model = MODELS["unet"](inference=SlidingWindow(100)).cuda().eval()
+    mask = torch.randint(0, 4, (1, 300, 200)).cuda()
+    with torch.inference_mode():
+        out = model.validation_step({"image": torch.rand(1, 3, 300, 200).cuda(), "mask": mask}, 0)
+    assert out["logits"].device.type == "cpu" and out["loss"].device.type == "cuda"
+    torch.testing.assert_close(out["loss"].cpu(), F.cross_entropy(out["logits"], mask.cpu()))
 
 
 @pytest.mark.slow
