@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,9 +58,11 @@ def export_network(
         dtype: of the stored pixels: ``uint8``, ``uint16`` or ``float32``.
 
     Raises:
-        ValueError: if a package is missing, the size is not one or two sides, the checkpoint has no weights, or the
-            file does not give PyTorch's probabilities.
+        ValueError: if the format is unknown, a package is missing, the size is not one or two sides, the checkpoint has
+            no weights, or the file does not give PyTorch's probabilities.
     """
+    if format not in SUFFIXES:
+        raise ValueError(f"--format is {' or '.join(SUFFIXES)}, got {format}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and find_spec(name) is None]
     if missing:
         raise ValueError(
