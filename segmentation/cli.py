@@ -187,7 +187,7 @@ class Trainer(L.Trainer):
         self,
         model: segmentation.SegmentationModule | None = None,
         ckpt_path: str | None = None,
-        format: Literal["onnx", "torch_export"] = "onnx",
+        format: str = "onnx",
         output: str | None = None,
         size: int | list[int] | None = None,
         dtype: Literal["uint8", "uint16", "float32"] = "uint8",
@@ -198,7 +198,7 @@ class Trainer(L.Trainer):
         Args:
             model: the network; the checkpoint's own, if none is named.
             ckpt_path: its weights, class names and palette.
-            format: ONNX, or a program of torch.export.
+            format: onnx, or torch_export for a program of torch.export.
             output: the file; without, it lies beside the checkpoint.
             size: the only size that the graph takes, a side in pixels or [height, width]; without, it takes any.
             dtype: of the stored pixels.
