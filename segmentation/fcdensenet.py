@@ -79,7 +79,8 @@ class TransitionUp(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.deconv(x[:, -self.channels :])  # (N, channels, 2h + 1, 2w + 1)
-        x = x[..., : skip.shape[-2], : skip.shape[-1]]  # centre crop: of 2h + 1 rows, the first 2h or all
+        for dim in (2, 3):  # centre crop: of 2h + 1 rows, the first 2h or all
+            x = x.narrow(dim, 0, skip.shape[dim])
         return torch.cat([x, skip], dim=1)
 
 
@@ -161,8 +162,9 @@ class FCDenseNet(SegmentationModule):
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
         """The network of Table 2; the comments give FC-DenseNet103's channels."""
         height, width = image.shape[-2:]
-        x = F.pad(image, [0, max(0, self.least - width), 0, max(0, self.least - height)])
-        x = self.conv(x)  # (N, 48, H, W)
+        if min(height, width) < self.least:
+            image = F.pad(image, [0, max(0, self.least - width), 0, max(0, self.least - height)])
+        x = self.conv(image)  # (N, 48, H, W)
         skips = []
         for block, down in zip(self.down_blocks, self.transitions_down, strict=True):
             x = block(x)  # (N, 112, H, W), 192, 304, 464, (N, 656, H/16, W/16)

