@@ -54,7 +54,7 @@ def probabilities(picture: Tensor, seed: int, occurring: int) -> Tensor:
     small = F.interpolate(picture.float(), scale_factor=1 / 8, mode="area")
     centres = small.flatten(2)[0, :, torch.randperm(small[0, 0].numel(), generator=generator)[:occurring]]  # (3, n)
     distance = (small[0, :, None] - centres[:, :, None, None]).square().sum(dim=0).sqrt()  # (n, h, w)
-    logits = -8 + torch.randn(1, CLASSES, *small.shape[2:], generator=generator)
+    logits = -12 + torch.randn(1, CLASSES, *small.shape[2:], generator=generator)
     nearer = (distance.amin(dim=0) - distance) / 10  # 0 for the nearest centre
     logits[0, :occurring] = nearer + torch.randn(distance.shape, generator=generator)
     return F.interpolate(logits, size=(HEIGHT, WIDTH), mode="bilinear").softmax(dim=1)

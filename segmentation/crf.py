@@ -92,7 +92,7 @@ def refine(probs: Tensor, image: Tensor, crf: CRF, backend: Backend = "torch", b
             f"the CRF needs raw RGB pixels, uint8 {(len(probs), 3, *probs.shape[2:])} beside probabilities "
             f"{tuple(probs.shape)}, got {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
         )
-    if not probs.is_floating_point() or not probs.isfinite().all():
+    if not probs.is_floating_point() or not probs.sum().isfinite():
         raise ValueError("the CRF needs probabilities: these hold values that are no finite numbers")
     probs = probs.float()
     if probs.shape[1] == 1:
@@ -177,8 +177,9 @@ class Lattice:
         value = torch.tensor([1, *digits[:-1]], device=place).cumprod(dim=0)
         value, of_group = torch.cat([value[:d], value.new_zeros(1)]), value[d]  # the last coordinate follows
         first = ((nearest.long() * (d + 1) - low) * value).sum(dim=1) + group * of_group
-        first -= (d + 1) * (turn * value[order]).sum(dim=1)
-        steps = value.sum() - (d + 1) * value[order].flip(1)[:, :-1]
+        ranked = value.expand(size, -1).gather(1, order)  # of each coordinate, by rank
+        first -= (d + 1) * (turn * ranked).sum(dim=1)
+        steps = value.sum() - (d + 1) * ranked.flip(1)[:, :-1]
         numbers = torch.cat([first[:, None], steps], dim=1).cumsum(dim=1).flatten()  # of each point's corners
 
         # the lattice points in order, the corners that are each of them, and its neighbours along each direction
@@ -201,10 +202,10 @@ class Lattice:
         self.blur_weights = torch.tensor([0.5, 1, 0.5], device=place).repeat(count + 1, 1)
 
         self.weights = corner_weights / (1 + 2.0**-d) ** 0.5
-        self.lent_weights = self.weights.flatten()[self.lent]
+        self.lent_weights = self.weights.flatten().index_select(0, self.lent)
         self.lent = (self.lent // (d + 1)).int()
         norm = self.filter(torch.ones(size, 1, device=place)).clamp(min=1e-20).rsqrt()
-        self.weights, self.lent_weights = self.weights * norm, self.lent_weights * norm[self.lent, 0]
+        self.weights, self.lent_weights = self.weights * norm, self.lent_weights * norm[:, 0].index_select(0, self.lent)
 
     def filter(self, values: Tensor) -> Tensor:
         """Gaussian means around every point: ``(size, K)`` -> ``(size, K)``. Each step is a sum of weighted rows."""
