@@ -92,9 +92,8 @@ def refine(probs: Tensor, image: Tensor, crf: CRF, backend: Backend = "torch", b
             f"the CRF needs raw RGB pixels, uint8 {(len(probs), 3, *probs.shape[2:])} beside probabilities "
             f"{tuple(probs.shape)}, got {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
         )
-    if not probs.is_floating_point() or not probs.sum().isfinite():
+    if not probs.is_floating_point() or not (probs := probs.float()).sum().isfinite():
         raise ValueError("the CRF needs probabilities: these hold values that are no finite numbers")
-    probs = probs.float()
     if probs.shape[1] == 1:
         return refine(torch.cat([1 - probs, probs], dim=1), image, crf, backend, bound=0)[:, 1:]
     kept = (probs.amax(dim=(0, 2, 3)) > bound).nonzero()[:, 0]
@@ -112,20 +111,24 @@ def refine(probs: Tensor, image: Tensor, crf: CRF, backend: Backend = "torch", b
 def mean_field(probs: Tensor, image: Tensor, crf: CRF) -> Tensor:
     """Algorithm 1 of Krähenbühl and Koltun, with kernels normalised symmetrically: shapes as `refine`."""
     n, k, height, width = probs.shape
-    place, size = probs.device, n * height * width
-    row, column = torch.arange(height, device=place), torch.arange(width, device=place)
-    position = torch.stack(torch.meshgrid(column, row, indexing="xy"), dim=2).float().view(-1, 2).repeat(n, 1)
-    colour = image.to(place).permute(0, 2, 3, 1).reshape(size, 3).float()
-    which = torch.arange(n, device=place).repeat_interleave(height * width)
+    position, which = pixels(n, height, width, probs.device)
+    colour = image.to(probs.device).permute(0, 2, 3, 1).reshape(-1, 3).float()
     appearance = Lattice(torch.cat([position / crf.sigma_alpha, colour / crf.sigma_beta], dim=1), which)
-    smoothness = grid_lattice(n, height, width, crf.sigma_gamma, str(place))
+    smoothness = grid_lattice(n, height, width, crf.sigma_gamma, probs.device)
 
-    unary = probs.clamp(min=SMALLEST).log().permute(0, 2, 3, 1).reshape(size, k)
+    unary = probs.clamp(min=SMALLEST).log().permute(0, 2, 3, 1).reshape(-1, k)
     q = softmax(unary.clone())
     for _ in range(crf.iterations):  # message passing, compatibility (Potts), local update
         messages = appearance.filter(q).mul_(crf.w1).add_(smoothness.filter(q), alpha=crf.w2)
         q = softmax(messages.add_(unary))
     return q.view(n, height, width, k).permute(0, 3, 1, 2)
+
+
+def pixels(n: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The position of each pixel of n images, x and y ``(size, 2)``, and which image it is of ``(size,)``."""
+    row, column = torch.arange(height, device=device), torch.arange(width, device=device)
+    position = torch.stack(torch.meshgrid(column, row, indexing="xy"), dim=2).float().view(-1, 2)
+    return position.repeat(n, 1), torch.arange(n, device=device).repeat_interleave(height * width)
 
 
 def softmax(energies: Tensor) -> Tensor:
@@ -150,18 +153,16 @@ class Lattice:
 
     def __init__(self, features: Tensor, group: Tensor) -> None:
         size, d = features.shape
-        place = features.device
-        axis = torch.arange(d, device=place)
+        device = features.device
         # onto the plane whose d + 1 coordinates sum to 0, in units of d + 1 (section 3.1)
-        basis = torch.ones(d, d + 1, device=place).tril()
-        basis[axis, axis + 1] = -(axis + 1.0)
-        basis *= ((2 / 3) / ((axis + 1.0) * (axis + 2.0))).sqrt()[:, None]
-        elevated = features @ basis  # (size, d + 1)
+        axis = torch.arange(1, d + 1, device=device)
+        scaled = features * ((2 / 3) / (axis * (axis + 1.0))).sqrt()
+        elevated = F.pad(scaled.flip(1).cumsum(dim=1).flip(1), (0, 1)) - F.pad(axis * scaled, (1, 0))  # (size, d + 1)
         nearest = elevated.round()
         # the simplex: coordinates ranked by their distance to the nearest point, which is first brought onto the plane
         distance, order = (elevated - nearest).sort(dim=1, descending=True)
         excess = nearest.sum(dim=1, keepdim=True).long()
-        rank = torch.arange(d + 1, device=place)
+        rank = torch.arange(d + 1, device=device)
         before = (rank - excess) % (d + 1)
         turn = (before + excess - rank) // (d + 1)  # 1, 0 or -1
         distance, order = distance.gather(1, before) + turn, order.gather(1, before)
@@ -174,7 +175,7 @@ class Lattice:
         digits = [*(high - low)[:d].tolist(), int(group[-1]) + 1]
         if torch.tensor(digits, dtype=torch.float64).log2().sum() > 62:
             raise ValueError("the CRF's sigmas are too small for this image: its lattice has more points than numbers")
-        value = torch.tensor([1, *digits[:-1]], device=place).cumprod(dim=0)
+        value = torch.tensor([1, *digits[:-1]], device=device).cumprod(dim=0)
         value, of_group = torch.cat([value[:d], value.new_zeros(1)]), value[d]  # the last coordinate follows
         first = ((nearest.long() * (d + 1) - low) * value).sum(dim=1) + group * of_group
         ranked = value.expand(size, -1).gather(1, order)  # of each coordinate, by rank
@@ -194,17 +195,17 @@ class Lattice:
             wanted = points + value.sum() - (d + 1) * value[direction]
             found = torch.searchsorted(points, wanted).clamp(max=count - 1)
             there = (points[found] == wanted).nonzero()[:, 0]
-            around = torch.full((count + 1, 3), count, dtype=torch.int32, device=place)
-            around[:count, 1] = torch.arange(count, device=place)
+            around = torch.full((count + 1, 3), count, dtype=torch.int32, device=device)
+            around[:count, 1] = torch.arange(count, device=device)
             around[there, 2] = found[there].int()
             around[found[there], 0] = there.int()
             self.blurs.append(around)
-        self.blur_weights = torch.tensor([0.5, 1, 0.5], device=place).repeat(count + 1, 1)
+        self.blur_weights = torch.tensor([0.5, 1, 0.5], device=device).repeat(count + 1, 1)
 
         self.weights = corner_weights / (1 + 2.0**-d) ** 0.5
         self.lent_weights = self.weights.flatten().index_select(0, self.lent)
         self.lent = (self.lent // (d + 1)).int()
-        norm = self.filter(torch.ones(size, 1, device=place)).clamp(min=1e-20).rsqrt()
+        norm = self.filter(torch.ones(size, 1, device=device)).clamp(min=1e-20).rsqrt()
         self.weights, self.lent_weights = self.weights * norm, self.lent_weights * norm[:, 0].index_select(0, self.lent)
 
     def filter(self, values: Tensor) -> Tensor:
@@ -217,11 +218,10 @@ class Lattice:
 
 
 @lru_cache(maxsize=4)
-def grid_lattice(n: int, height: int, width: int, sigma: float, device: str) -> Lattice:
+def grid_lattice(n: int, height: int, width: int, sigma: float, device: torch.device) -> Lattice:
     """The lattice of the pixels' positions alone, which images of one size share."""
-    row, column = torch.arange(height, device=device), torch.arange(width, device=device)
-    position = torch.stack(torch.meshgrid(column, row, indexing="xy"), dim=2).float().view(-1, 2).repeat(n, 1)
-    return Lattice(position / sigma, torch.arange(n, device=device).repeat_interleave(height * width))
+    position, which = pixels(n, height, width, device)
+    return Lattice(position / sigma, which)
 
 
 # By pydensecrf

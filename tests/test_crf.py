@@ -87,6 +87,16 @@ def test_one_pixel_by_hand(backend):
     torch.testing.assert_close(refine(probs.view(1, 3, 1, 1), image, crf, backend).flatten(), q, atol=1e-5, rtol=0)
 
 
+def test_half_precision_and_autocast_make_no_other_lattice():
+    """As stored by tune_crf, and where a user's own loop has autocast on: positions need all of float32."""
+    probs, image, _ = noisy(10)
+    expected = refine(probs.half(), image, CRF())
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(expected, refine(probs, image, CRF()), atol=0.01, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(refine(probs.half(), image, CRF()), expected)
+
+
 def test_without_iterations_or_weights_nothing_changes():
     probs, image, _ = noisy(2)
     for crf in (CRF(iterations=0), CRF(w1=0, w2=0)):
@@ -116,7 +126,7 @@ def test_lattice_filters_like_a_gaussian_of_standard_deviation_one(dimensions):
 
 def test_lattice_averages_and_keeps_groups_apart():
     """No weight is negative, the largest eigenvalue is near 1, and equal points of two groups do not meet."""
-    matrix = grid_lattice(2, 5, 6, 1.5, "cpu").filter(torch.eye(60))
+    matrix = grid_lattice(2, 5, 6, 1.5, torch.device("cpu")).filter(torch.eye(60))
     assert (matrix >= 0).all() and (matrix[:30, :30] > 0).sum() > 300
     assert (matrix[:30, 30:] == 0).all() and (matrix[30:, :30] == 0).all()
     torch.testing.assert_close(matrix[:30, :30], matrix[30:, 30:])
