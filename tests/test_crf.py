@@ -97,6 +97,13 @@ def test_half_precision_and_autocast_make_no_other_lattice():
         torch.testing.assert_close(refine(probs.half(), image, CRF()), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same():
+    both = [torch.cat(pair) for pair in zip(noisy(3), noisy(4), strict=True)]
+    expected = refine(both[0], both[1], CRF())
+    torch.testing.assert_close(refine(both[0].cuda(), both[1].cuda(), CRF()).cpu(), expected, atol=2e-3, rtol=0)
+
+
 def test_without_iterations_or_weights_nothing_changes():
     probs, image, _ = noisy(2)
     for crf in (CRF(iterations=0), CRF(w1=0, w2=0)):
