@@ -24,6 +24,7 @@ from .base import SegmentationModule
 from .crf import CRF, Backend, need_pydensecrf, refine
 from .metrics import ConfusionMatrix, scores
 
+NAMES = ("w1", "sigma_alpha", "sigma_beta")  # what is searched
 SHOWN = 10  # rows of the table
 
 
@@ -41,13 +42,8 @@ class Search:
     def __init__(
         self, files: Sequence[Path], num_classes: int, backend: Backend, pool: ProcessPoolExecutor, progress: Progress
     ) -> None:
-        self.files, self.num_classes, self.backend, self.pool, self.progress = (
-            files,
-            num_classes,
-            backend,
-            pool,
-            progress,
-        )
+        self.files, self.num_classes, self.backend = files, num_classes, backend
+        self.pool, self.progress = pool, progress
         self.miou: dict[CRF, float] = {}
         self.bar = progress.add_task("DenseCRF", total=0)
 
@@ -165,9 +161,6 @@ def tune(
             around = [range(max(0, i - 1), min(len(axis), i + 2)) for axis, i in zip(axes, centre, strict=True)]
             search.evaluate(candidates(itertools.product(*around)))
     report(search, float(scores(before, [str(k) for k in range(classes)])["miou"]), len(files), output_dir)
-
-
-NAMES = ("w1", "sigma_alpha", "sigma_beta")
 
 
 def report(search: Search, before: float, images: int, output_dir: Path) -> None:

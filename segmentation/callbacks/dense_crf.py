@@ -140,14 +140,14 @@ class DenseCRF(L.Callback):
 
     def _take(self, module: SegmentationModule) -> None:
         future, name, mask, before, drawn = self.waiting.popleft()
-        after = module.labels(self._result(future, name)[None].to(mask.device))
-        self.confusion.update(after, mask[None])
-        for trimap, found in zip(self.trimaps, (before[None], after), strict=False):
-            trimap.update(found, mask[None])
+        before = before.to(mask.device)
+        after = module.labels(self._result(future, name)[None].to(mask.device))[0]
+        self.confusion.update(after[None], mask[None])
+        for trimap, labels in zip(self.trimaps, (before, after), strict=False):
+            trimap.update(labels[None], mask[None])
         if drawn is not None:
             pixels = rgb(drawn)
-            masks = [index_mask(labels, module.palette).convert("RGB") for labels in (mask, before, after[0])]
-            before, after = before.to(mask.device), after[0]
+            masks = [index_mask(labels, module.palette).convert("RGB") for labels in (mask, before, after)]
             self.rows.append([Image.fromarray(pixels), *masks, changes(pixels, mask, before, after)])
 
     def _finish(self, trainer: L.Trainer, module: SegmentationModule, split: str) -> None:
@@ -157,7 +157,7 @@ class DenseCRF(L.Callback):
         values = {f"crf/{key}": value for key, value in values.items()}
         for prefix, trimap in zip(("", "crf/"), self.trimaps, strict=False):
             for width, matrix in zip(trimap.widths, trimap.compute(), strict=True):
-                values[f"{prefix}trimap_miou/{width}"] = scores(matrix, module.class_names)["miou"]
+                values[f"{prefix}trimap_miou/{width:g}"] = scores(matrix, module.class_names)["miou"]
         for key, value in values.items():
             module.log(f"{split}/{key}", value.to(module.device, torch.float32), sync_dist=True)
         folder = run_folder(trainer) if trainer.is_global_zero else None
