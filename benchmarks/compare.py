@@ -36,6 +36,7 @@ from compare_pictures import DECODER, DILATED, FCN, MASKS, draw_confusions, draw
 from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import datamodules  # noqa: F401  its classes are the short names after --data
@@ -142,7 +143,8 @@ def peak_memory() -> float:
 def macs(model: segmentation.SegmentationModule, image: Tensor) -> int:
     """Multiply-accumulates of the convolutions and matrix products in one evaluation of stored images."""
     model.eval()
-    with FlopCounterMode(display=False) as counter:  # not under no_grad, where fused attention would go uncounted
+    # Fused attention goes uncounted: of nn.MultiheadAttention under no_grad, and of the CPU since torch 2.14.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(model.preprocess(image))
     return counter.get_total_flops() // 2
 

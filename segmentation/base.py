@@ -200,7 +200,21 @@ class SegmentationModule(L.LightningModule):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.compile_network and "score_maps" not in self.__dict__:
-            self.score_maps = torch.compile(self.score_maps)  # type: ignore[method-assign]
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compile `score_maps`: a graph per size for training, graphs of any size for evaluation.
+
+        Training shows crops of one size. A training graph of any size is not asked for: torch 2.14 fails to order the
+        symbolic strides of what it keeps for the backward pass ("cannot determine truth value of Relational").
+        """
+        network = self.score_maps
+        train, evaluate = torch.compile(network, dynamic=False), torch.compile(network)
+
+        def score_maps(image: Tensor) -> dict[str, Tensor]:
+            return train(image) if torch.is_grad_enabled() else evaluate(image)
+
+        self.score_maps = score_maps  # type: ignore[method-assign]
 
     def train(self, mode: bool = True) -> "SegmentationModule":
         """Switch to training or evaluation; frozen batch norm stays in evaluation."""

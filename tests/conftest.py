@@ -1,6 +1,7 @@
 """Small data drawn on disk, and real `lightning` processes on it."""
 
 import csv
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -21,6 +22,12 @@ PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Say which versions the tests run on."""
+    names = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
+    return "versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def draw_pair(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import column, config, draw_tree, succeed
+from PIL import Image
 from torch import nn
 
 from segmentation import DeepLabV1, DeepLabV3, UNet
@@ -155,6 +157,23 @@ def test_compile_gives_the_same_logits_and_leaves_no_trace_in_the_state_dict():
     assert "score_maps" in vars(model)
     torch.testing.assert_close(model(image), plain, atol=1e-5, rtol=1e-4)
     assert set(model.state_dict()) == keys
+
+
+@pytest.mark.slow
+def test_compiled_runs_train_and_validate_images_of_several_sizes(tmp_path):
+    """Validation looks at images first, so training meets a second size, and validation a third."""
+    tree = draw_tree(tmp_path / "tree", {"train": 4, "val": 2})
+    for path in (tree / "images/val/01.jpg", tree / "masks/val/01.png"):
+        with Image.open(path) as picture:
+            picture.crop((0, 0, 40, 41)).save(path)
+    losses = []
+    for compiled in ("true", "false"):
+        name = f"compile_{compiled}"
+        file = config(tmp_path, tree, name, max_epochs="max_epochs: 1", batch_size="batch_size: 2")
+        succeed("fit", "--config", file, "--model.compile", compiled, cwd=tmp_path, timeout=600)
+        run = tmp_path / "logs" / name / "version_0"
+        losses.append(column(run, "train/loss") + column(run, "val/loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # the one paper that a paper builds on
