@@ -44,8 +44,8 @@ def measure(image: Path, crop: int) -> tuple[float, float]:
     import torch  # not in the process that draws: a child counts the memory of its parent at its birth
 
     from segmentation import UNet
+    from segmentation.commands.predict_tiff import predict_tiff
     from segmentation.inference import SlidingWindow
-    from segmentation.large_image import predict_tiff
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ class ADE20K(SegmentationDataModule):
         """Pair a split's images and annotations.
 
         Raises:
-            FileNotFoundError: if a folder is missing.
+            UserError: if a folder is missing.
         """
         base = folder_of(self.root, f"ADEChallengeData2016/ ({self.source})") / "ADEChallengeData2016"
         folder = {"train": "training", "val": "validation"}.get(split, split)

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from .dataset import Cache, EpochSampler, SegmentationDataset, collate
 from .download import Archive, fetch
+from .errors import UserError
 from .files import Sample, list_photos
 from .transforms import (
     IGNORE,
@@ -113,9 +114,9 @@ class SegmentationDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
-            raise ValueError(f"batch sizes must be positive, got {batch_size} and {eval_batch_size}")
+            raise UserError(f"batch sizes must be positive, got {batch_size} and {eval_batch_size}")
         if max_class_share < 1 and crop_size is None:
-            raise ValueError(f"data.max_class_share {max_class_share} chooses crops: set data.crop_size too")
+            raise UserError(f"data.max_class_share {max_class_share} chooses crops: set data.crop_size too")
         self.root = None if root is None else Path(root).expanduser()
         self.predict_dir = None if predict_dir is None else Path(predict_dir).expanduser()
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
@@ -145,15 +146,15 @@ class SegmentationDataModule(L.LightningDataModule):
         """Fetch what `download` asks for, in one process.
 
         Raises:
-            ValueError: if the data set may not be fetched, or came damaged.
-            OSError: if the network does not let it through.
+            UserError: if the data set may not be fetched, or came damaged.
+            UserError: if the network does not let it through.
         """
         if not self.download:
             return
         if not self.archives:
-            raise ValueError(f"{type(self).__name__} cannot be downloaded for you: {self.source}")
+            raise UserError(f"{type(self).__name__} cannot be downloaded for you: {self.source}")
         if self.root is None:
-            raise ValueError("data.download needs data.root: the folder to put it in")
+            raise UserError("data.download needs data.root: the folder to put it in")
         for archive in self.archives:
             fetch(archive, self.root)
 
@@ -194,11 +195,11 @@ class SegmentationDataModule(L.LightningDataModule):
         pairs = self.label_map or {label: label for label in range(self.num_classes)}
         for value, label in pairs.items():
             if not (0 <= label < self.num_classes or label == IGNORE):
-                raise ValueError(f"data.label_map gives {value} the label {label}, but there are {self.num_classes}")
+                raise UserError(f"data.label_map gives {value} the label {label}, but there are {self.num_classes}")
         voids = (*self.void_values, *(() if IGNORE in pairs else (IGNORE,)))
         beyond = [value for value in (*pairs, *voids) if not 0 <= value < 65536]
         if beyond:
-            raise ValueError(f"data.void_values and data.label_map take values from 0 to 65535, got {beyond[0]}")
+            raise UserError(f"data.void_values and data.label_map take values from 0 to 65535, got {beyond[0]}")
         for value, label in {**pairs, **dict.fromkeys(voids, IGNORE)}.items():
             table[value] = label
         return table
@@ -210,8 +211,8 @@ class SegmentationDataModule(L.LightningDataModule):
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
         Raises:
-            FileNotFoundError: if a folder or file is missing.
-            ValueError: if a split is empty or smaller than one batch, the training masks hold 0 and 255 only, or a
+            UserError: if a folder or file is missing.
+            UserError: if a split is empty or smaller than one batch, the training masks hold 0 and 255 only, or a
                 file is bad; the message names it.
         """
         if stage == "predict" and self.predict_dir is not None:
@@ -221,7 +222,7 @@ class SegmentationDataModule(L.LightningDataModule):
             self.look_at_files("predict")
             return
         if not self.class_names:
-            raise ValueError(f"{type(self).__name__} knows no classes: name them in data.class_names")
+            raise UserError(f"{type(self).__name__} knows no classes: name them in data.class_names")
         wanted = {
             "fit": {"train": "train", "val": "val"},
             "validate": {"val": "val"},
@@ -243,7 +244,7 @@ class SegmentationDataModule(L.LightningDataModule):
                     self.weigh(dataset, counts)
         share = len(self.datasets["train"]) // self.world_size if stage == "fit" else self.batch_size
         if share < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"the split 'train' has {share} images per process, fewer than one batch of {self.batch_size}: "
                 "lower data.batch_size"
             )
@@ -252,14 +253,14 @@ class SegmentationDataModule(L.LightningDataModule):
         """List a split whose files are all there, and say where it differs from the published one.
 
         Raises:
-            ValueError: if it is empty, or a file of it has no partner; the message names the first.
+            UserError: if it is empty, or a file of it has no partner; the message names the first.
         """
         samples = self.samples(split)
         if not samples:
-            raise ValueError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
+            raise UserError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
         lonely = [text for sample in samples if (text := sample.missing()) is not None]
         if lonely:
-            raise ValueError(lonely[0] + (f" (and {len(lonely) - 1} more like it)" if len(lonely) > 1 else ""))
+            raise UserError(lonely[0] + (f" (and {len(lonely) - 1} more like it)" if len(lonely) > 1 else ""))
         expected = self.expected_counts.get(split, len(samples))
         if len(samples) != expected:
             rank_zero_info(
@@ -291,7 +292,7 @@ class SegmentationDataModule(L.LightningDataModule):
             counts = sum(pool.map(count, picked), torch.zeros(256, dtype=torch.int64))
         seen = set(counts.nonzero()[:, 0].tolist())
         if role == "train" and seen == {0, IGNORE} and self.num_classes > 1:  # nothing to learn; elsewhere it may be so
-            raise ValueError(
+            raise UserError(
                 f"the masks of {dataset.samples[0].mask} and its split hold 0 and 255 only, and 255 means 'ignored': "
                 "if 255 is your foreground, set data.label_map: {0: 0, 255: 1}"
             )
@@ -322,13 +323,13 @@ class SegmentationDataModule(L.LightningDataModule):
         """Build the loader of a role: train, val, test or predict.
 
         Raises:
-            ValueError: if there are fewer images than processes.
+            UserError: if there are fewer images than processes.
         """
         dataset, train = self.datasets[role], role == "train"
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = EpochSampler(len(dataset), train, dataset.seed, rank, self.world_size)
         if len(dataset) < self.world_size:  # on every process, else the others would wait for the one that has none
-            raise ValueError(f"the split for '{role}' has {len(dataset)} images for {self.world_size} processes")
+            raise UserError(f"the split for '{role}' has {len(dataset)} images for {self.world_size} processes")
         return DataLoader(
             dataset,
             batch_size=self.batch_size if train else 1 if not dataset.has_masks else self.eval_batch_size,

@@ -42,7 +42,7 @@ class CamVid(SegmentationDataModule):
         """Read a split's list, or pair its folders where there is no list.
 
         Raises:
-            FileNotFoundError: if the root or a folder is missing.
+            UserError: if the root or a folder is missing.
         """
         root = folder_of(self.root, f"CamVid's {split}/ and {split}annot/ ({self.source})")
         if not (root / f"{split}.txt").is_file():

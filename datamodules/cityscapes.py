@@ -58,7 +58,7 @@ class Cityscapes(SegmentationDataModule):
         """List the images of a split, each beside its labels.
 
         Raises:
-            FileNotFoundError: if a folder is missing.
+            UserError: if a folder is missing.
         """
         root = folder_of(self.root, f"leftImg8bit/ and gtFine/ ({self.source})")
         coarse = self.coarse and split == "train"

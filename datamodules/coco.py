@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .base import SegmentationDataModule, voc_palette
 from .download import Archive
+from .errors import UserError
 from .files import Sample, decoding, folder_of, read_image
 from .transforms import IGNORE
 
@@ -49,7 +50,7 @@ class CocoSample(Sample):
         """Decode the picture ``(3, H, W)`` and draw the mask ``(H, W)``, both uint8.
 
         Raises:
-            ValueError: if the file's size is not the annotations', or an object cannot be drawn.
+            UserError: if the file's size is not the annotations', or an object cannot be drawn.
         """
         assert self.image is not None
         image = read_image(self.image)
@@ -107,7 +108,7 @@ class COCO(SegmentationDataModule):
         **kwargs: see `SegmentationDataModule`; the test labels are not public, so `test_split` is ``val``.
 
     Raises:
-        ValueError: for a class that COCO does not have.
+        UserError: for a class that COCO does not have.
     """
 
     source = "https://cocodataset.org: train2017.zip, val2017.zip, annotations_trainval2017.zip"
@@ -138,7 +139,7 @@ class COCO(SegmentationDataModule):
         kept = named[classes] if isinstance(classes, str) and classes in named else classes
         unknown = [name for name in ([kept] if isinstance(kept, str) else kept) if name not in self.known]
         if unknown:
-            raise ValueError(f"COCO has no class '{unknown[0]}': data.classes is voc, all, or names of its classes")
+            raise UserError(f"COCO has no class '{unknown[0]}': data.classes is voc, all, or names of its classes")
         self.class_names = ("background", *kept)
         self.palette = voc_palette(self.num_classes)
         self.ignore_overlap, self.min_area = classes == "voc", min_area
@@ -147,7 +148,7 @@ class COCO(SegmentationDataModule):
         """List the images of a split's annotations.
 
         Raises:
-            FileNotFoundError: if the root or the annotations are missing.
+            UserError: if the root or the annotations are missing.
         """
         root = folder_of(self.root, f"train2017/, val2017/ and annotations/ ({self.source})")
         min_area = self.min_area if split == "train" else 0.0
@@ -162,17 +163,17 @@ class COCO(SegmentationDataModule):
             min_area: images whose kept objects cover no more are left out, unless 0.
 
         Raises:
-            FileNotFoundError: if the file is missing.
-            ValueError: if it is not in the format, or lacks a class.
+            UserError: if the file is missing.
+            UserError: if it is not in the format, or lacks a class.
         """
         if not file.is_file():
-            raise FileNotFoundError(f"the annotations {file} do not exist")
+            raise UserError(f"the annotations {file} do not exist")
         with decoding(file, "annotations in COCO's format"):
             content = json.loads(file.read_bytes())
             ids = {category["name"]: category["id"] for category in content["categories"]}
             missing = [name for name in self.class_names[1:] if name not in ids]
             if missing:
-                raise ValueError(f"no category '{missing[0]}' among {', '.join(ids)}")
+                raise UserError(f"no category '{missing[0]}' among {', '.join(ids)}")
             label_of = {ids[name]: label for label, name in enumerate(self.class_names) if label}
             objects: dict[int, list[tuple[float, int, str]]] = {}
             for thing in content["annotations"]:

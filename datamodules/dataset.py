@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .errors import UserError
 from .files import Sample
 from .transforms import IGNORE, Weight
 
@@ -106,7 +107,7 @@ class SegmentationDataset(Dataset):
         """Read a pair and bring stored values to labels: 0 to K - 1, or 255 for ignored.
 
         Raises:
-            ValueError: for sizes that differ or a value that stands for no class; the message names file and value.
+            UserError: for sizes that differ or a value that stands for no class; the message names file and value.
         """
         sample = self.samples[index]
         image, values = self.cache.get(self.key(index), sample.read) if self.cache else sample.read()
@@ -114,7 +115,7 @@ class SegmentationDataset(Dataset):
             return image, None
         where = sample.mask or sample.name
         if image.shape[-2:] != values.shape:
-            raise ValueError(
+            raise UserError(
                 f"{where} is {values.shape[1]} x {values.shape[0]} pixels but its image {sample.image} is "
                 f"{image.shape[2]} x {image.shape[1]}: masks must have their image's size"
             )
@@ -122,7 +123,7 @@ class SegmentationDataset(Dataset):
         if (mask < 0).any():
             bad = int(values[mask < 0].max())
             count = int(((self.labels >= 0) & (self.labels != IGNORE)).sum())
-            raise ValueError(
+            raise UserError(
                 f"{where} holds the value {bad}, which stands for none of the {count} classes: name it in "
                 "data.void_values to ignore it, or give it a label in data.label_map"
             )
@@ -161,11 +162,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack items to a batch: tensors along a new first axis, names and sizes as lists.
 
     Raises:
-        ValueError: if the pictures differ in size.
+        UserError: if the pictures differ in size.
     """
     sizes = sorted({tuple(item["image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
-        raise ValueError(
+        raise UserError(
             f"pictures of different sizes in one batch (height x width {sizes[0][0]} x {sizes[0][1]} and "
             f"{sizes[1][0]} x {sizes[1][1]}): set data.crop_size for training, and data.eval_batch_size: 1"
         )

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from .errors import UserError
+
 BLOCK = 1 << 20
 
 
@@ -35,8 +37,8 @@ def fetch(archive: Archive, root: Path) -> None:
     deleted once it is unpacked; an empty file ``.NAME.unpacked`` remembers it.
 
     Raises:
-        ValueError: if what came has another checksum; it is deleted then.
-        OSError: if the network does not let it through; what has arrived is kept.
+        UserError: if what came has another checksum; it is deleted then.
+        UserError: if the network does not let it through; what has arrived is kept.
     """
     name = archive.url.rpartition("/")[2]
     done, file, part = root / f".{name}.unpacked", root / name, root / f"{name}.part"
@@ -53,7 +55,7 @@ def fetch(archive: Archive, root: Path) -> None:
             digest.update(block)
     if digest.hexdigest() != expected:
         file.unlink()
-        raise ValueError(f"{archive.url} came with another {method} than {expected}: it was deleted, try again")
+        raise UserError(f"{archive.url} came with another {method} than {expected}: it was deleted, try again")
     rank_zero_info(f"unpacking {name}")
     unpack(file, root / archive.folder)
     done.touch()
@@ -64,7 +66,7 @@ def download(url: str, part: Path) -> None:
     """Download to a file, after what it holds already.
 
     Raises:
-        OSError: if the server cannot be reached or the connection breaks.
+        UserError: if the server cannot be reached or the connection breaks.
     """
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -80,32 +82,32 @@ def download(url: str, part: Path) -> None:
                     bar.advance(task, len(block))
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing is left to fetch
-            raise OSError(f"{url} could not be fetched ({error}): try again later") from error
+            raise UserError(f"{url} could not be fetched ({error}): try again later") from error
         return
     except OSError as error:
-        raise OSError(f"{url} could not be fetched ({error}): the same command goes on with it") from error
+        raise UserError(f"{url} could not be fetched ({error}): the same command goes on with it") from error
     if total and part.stat().st_size < total:
-        raise OSError(f"{url} broke off after {part.stat().st_size:,} of {total:,} bytes: the same command goes on")
+        raise UserError(f"{url} broke off after {part.stat().st_size:,} of {total:,} bytes: the same command goes on")
 
 
 def unpack(file: Path, folder: Path) -> None:
     """Unpack a tar or zip archive; nothing leaves the folder.
 
     Raises:
-        ValueError: if a member's path leads outside, or the file is no archive.
+        UserError: if a member's path leads outside, or the file is no archive.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as members:
             for name in members.namelist():
                 if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{file} holds {name}, which leads outside {folder}: nothing was unpacked")
+                    raise UserError(f"{file} holds {name}, which leads outside {folder}: nothing was unpacked")
             members.extractall(folder)
     elif tarfile.is_tarfile(file):
         with tarfile.open(file) as members:
             try:
                 members.extractall(folder, filter="data")
             except tarfile.FilterError as error:
-                raise ValueError(f"{file} was not unpacked to its end: {error}") from error
+                raise UserError(f"{file} was not unpacked to its end: {error}") from error
     else:
-        raise ValueError(f"{file} is neither a tar nor a zip archive: delete it and fetch it again")
+        raise UserError(f"{file} is neither a tar nor a zip archive: delete it and fetch it again")

@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .errors import UserError
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".npy")
 
 
@@ -37,7 +39,7 @@ class Sample:
     def read(self) -> tuple[Tensor, Tensor | None]:
         """Decode both files: image ``(C, H, W)`` in its storage type, mask ``(H, W)`` with the values as stored."""
         if self.image is None:
-            raise ValueError(f"sample {self.name} has no image file")
+            raise UserError(f"sample {self.name} has no image file")
         image = read_image(self.image) if self.bands is None else read_bands(self.image, self.bands)
         return image, None if self.mask is None else read_mask(self.mask, self.colors)
 
@@ -60,7 +62,7 @@ def decoding(path: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, Image.DecompressionBombError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read as {what} ({reason}): replace it or take it out") from error
+        raise UserError(f"{path} cannot be read as {what} ({reason}): replace it or take it out") from error
 
 
 def read_image(path: Path, upright: bool = True) -> Tensor:
@@ -70,18 +72,18 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
         ``(3, H, W)`` uint8; a palette, grey, alpha or CMYK picture is converted, deeper grey as `to_8_bits` says.
 
     Raises:
-        ValueError: if the file cannot be decoded or has other than 1, 3 or 4 bands; the message names it.
+        UserError: if the file cannot be decoded or has other than 1, 3 or 4 bands; the message names it.
     """
     with decoding(path, "an image"):
         if path.suffix.lower() == ".npy":
             pixels = to_8_bits(read_array(path))
             if pixels.shape[0] not in (1, 3):
-                raise ValueError(f"it has {pixels.shape[0]} bands: name some in data.bands")
+                raise UserError(f"it has {pixels.shape[0]} bands: name some in data.bands")
             return torch.from_numpy(np.broadcast_to(pixels, (3, *pixels.shape[1:])).copy())
         try:
             with Image.open(path) as file:
                 if file.format == "TIFF" and (pages := getattr(file, "n_frames", 1)) > 1:
-                    raise ValueError(f"its {pages} pages are bands: name some in data.bands")
+                    raise UserError(f"its {pages} pages are bands: name some in data.bands")
                 picture = ImageOps.exif_transpose(file) if upright else file
                 if picture.mode[0] in "IF":  # more than 8 bits
                     picture = Image.fromarray(to_8_bits(np.asarray(picture)))
@@ -89,7 +91,7 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
         except Image.UnidentifiedImageError:
             if path.suffix.lower() in (".tif", ".tiff"):
                 count = len(read_array(path))
-                raise ValueError(f"its {count} bands are no RGB: name some in data.bands") from None
+                raise UserError(f"its {count} bands are no RGB: name some in data.bands") from None
             raise
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -101,12 +103,12 @@ def read_bands(path: Path, bands: Sequence[int]) -> Tensor:
         ``(len(bands), H, W)`` uint8, uint16, int16, int32 or float32.
 
     Raises:
-        ValueError: if the file cannot be decoded or lacks a band; the message names it.
+        UserError: if the file cannot be decoded or lacks a band; the message names it.
     """
     with decoding(path, "an image of bands"):
         pixels = read_array(path)
         if max(bands) >= len(pixels) or min(bands) < 0:
-            raise ValueError(f"it has {len(pixels)} bands, counted from 0, and data.bands asks for {max(bands)}")
+            raise UserError(f"it has {len(pixels)} bands, counted from 0, and data.bands asks for {max(bands)}")
         pixels = pixels[list(bands)]
         if pixels.dtype.kind == "f":
             pixels = pixels.astype(np.float32)
@@ -142,7 +144,7 @@ def read_array(path: Path) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels[None]
     if pixels.ndim != 3:
-        raise ValueError(f"its array is {pixels.shape}: two sides and one axis of bands are needed")
+        raise UserError(f"its array is {pixels.shape}: two sides and one axis of bands are needed")
     named = [i for i, axis in enumerate(axes) if axis in "SC"]  # samples or channels
     band = named[0] if named else int(np.argmin(pixels.shape))
     return np.moveaxis(pixels, band, 0)
@@ -168,7 +170,7 @@ def read_mask(path: Path, colors: Sequence[tuple[int, int, int]] | None = None) 
         ``(H, W)`` uint8, or int32 where the file holds more than 8 bits.
 
     Raises:
-        ValueError: if the file cannot be decoded, holds colours and none are known, or one that is not among them.
+        UserError: if the file cannot be decoded, holds colours and none are known, or one that is not among them.
     """
     with decoding(path, "a mask"):
         if colors is None and path.suffix.lower() in (".npy", ".tif", ".tiff"):
@@ -182,7 +184,7 @@ def read_mask(path: Path, colors: Sequence[tuple[int, int, int]] | None = None) 
     if values.ndim == 3 and values.shape[2] >= 3 and (values[..., :1] == values[..., :3]).all():
         values = values[..., 0]
     if values.ndim != 2:
-        raise ValueError(
+        raise UserError(
             f"{path} is a mask in colour (mode {mode}), not in labels: name the colours of the classes "
             "(README, 'Masks in colour')"
         )
@@ -199,7 +201,7 @@ def labels_of_colors(path: Path, pixels: np.ndarray, colors: Sequence[tuple[int,
     """Labels ``(H, W)`` of a mask in colour ``(H, W, 3)``.
 
     Raises:
-        ValueError: for a colour that is not in the list.
+        UserError: for a colour that is not in the list.
     """
     codes, known = color_codes(pixels), color_codes(np.array(colors, np.uint8))
     order = np.argsort(known)
@@ -207,7 +209,7 @@ def labels_of_colors(path: Path, pixels: np.ndarray, colors: Sequence[tuple[int,
     strange = known[order][place] != codes
     if strange.any():
         colour = tuple(int(value) for value in pixels[strange][0])
-        raise ValueError(
+        raise UserError(
             f"{path} holds the colour {colour} in {strange.mean():.2%} of its pixels, which stands for none of the "
             f"{len(known)} known: add it to the classes, or to data.void_colors to ignore it"
         )
@@ -219,10 +221,10 @@ def files_under(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, P
     """Find the pictures below a folder by name: relative path without suffix, or with it for all if two would collide.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
+        UserError: if the folder does not exist.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"the folder {folder} does not exist")
+        raise UserError(f"the folder {folder} does not exist")
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     names = [p.relative_to(folder).with_suffix("").as_posix() for p in paths]
     if len({name.lower() for name in names}) < len(names):
@@ -234,12 +236,12 @@ def list_photos(folder: Path, bands: tuple[int, ...] | None = None) -> list[Samp
     """List a folder of unlabelled images for `predict`.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no image.
+        UserError: if the folder does not exist.
+        UserError: if it holds no image.
     """
     photos = files_under(folder)
     if not photos:
-        raise ValueError(f"the folder {folder} holds no image ({', '.join(SUFFIXES)})")
+        raise UserError(f"the folder {folder} holds no image ({', '.join(SUFFIXES)})")
     return [Sample(name, path, bands=bands) for name, path in photos.items()]
 
 
@@ -247,10 +249,10 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a list, without blanks and empty ones.
 
     Raises:
-        FileNotFoundError: if it does not exist.
+        UserError: if it does not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"the list {path} does not exist")
+        raise UserError(f"the list {path} does not exist")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -258,13 +260,13 @@ def folder_of(root: str | os.PathLike | None, what: str) -> Path:
     """A data set's root as a path.
 
     Raises:
-        ValueError: if it is not set.
-        FileNotFoundError: if it does not exist.
+        UserError: if it is not set.
+        UserError: if it does not exist.
     """
     if root is None:
-        raise ValueError(f"data.root is not set: it names the folder that holds {what}")
+        raise UserError(f"data.root is not set: it names the folder that holds {what}")
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"data.root {root} does not exist: it should hold {what}")
+        raise UserError(f"data.root {root} does not exist: it should hold {what}")
     return Path(root)
 
 
@@ -287,7 +289,7 @@ def pair(
         colors: see `Sample`.
 
     Raises:
-        FileNotFoundError: if a folder is missing.
+        UserError: if a folder is missing.
     """
 
     def stems(folder: Path, own: str, other: str) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from .base import SegmentationDataModule, voc_palette
+from .errors import UserError
 from .files import Sample, color_codes, decoding, files_under, folder_of, pair, read_lines, split_by_hash
 
 CLASS_MAPS = ("class_dict.csv", "classes.csv", "label_colors.txt", "labelmap.txt")
@@ -46,8 +47,8 @@ class Folder(SegmentationDataModule):
         **kwargs: loaders, crops and the rest, see `SegmentationDataModule`.
 
     Raises:
-        FileNotFoundError: in `setup`, if the root or a folder in it is missing.
-        ValueError: in `setup`, if an image has no mask, a mask no image, or the classes are nowhere named.
+        UserError: in `setup`, if the root or a folder in it is missing.
+        UserError: in `setup`, if an image has no mask, a mask no image, or the classes are nowhere named.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class Folder(SegmentationDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave some to train")
+            raise UserError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave some to train")
         if image_dir == mask_dir and image_suffix == mask_suffix:
-            raise ValueError(f"images and masks both lie in '{image_dir}': tell them apart by data.mask_suffix")
+            raise UserError(f"images and masks both lie in '{image_dir}': tell them apart by data.mask_suffix")
         self.fractions = (val_fraction, test_fraction)
         self.dirs, self.suffixes = (image_dir, mask_dir), (image_suffix, mask_suffix)
         self.void_values, self.label_map = tuple(void_values), label_map
@@ -90,7 +91,7 @@ class Folder(SegmentationDataModule):
         colors = palette or voc_palette(self.num_classes)
         self.palette: list[tuple[int, int, int]] = [(int(r), int(g), int(b)) for r, g, b in colors]
         if len(self.palette) != self.num_classes:
-            raise ValueError(f"data.palette has {len(self.palette)} colours for {self.num_classes} classes")
+            raise UserError(f"data.palette has {len(self.palette)} colours for {self.num_classes} classes")
 
     @property
     def class_map(self) -> Path | None:
@@ -103,7 +104,7 @@ class Folder(SegmentationDataModule):
         if stage != "predict" or self.predict_dir is None:
             self.look_at_colors()
             if self.colors_unknown:
-                raise ValueError(self.colors_unknown)
+                raise UserError(self.colors_unknown)
         super().setup(stage)
 
     def samples(self, split: str) -> list[Sample]:
@@ -122,11 +123,11 @@ class Folder(SegmentationDataModule):
         """The samples that a list names: a stem, a file, or an image and a mask.
 
         Raises:
-            FileNotFoundError: if there is no such list.
-            ValueError: for a name that is no file; an image and a mask need not exist here.
+            UserError: if there is no such list.
+            UserError: for a name that is no file; an image and a mask need not exist here.
         """
         if not listing.is_file():
-            raise FileNotFoundError(f"{listing.parent} has a train.txt but no {split}.txt")
+            raise UserError(f"{listing.parent} has a train.txt but no {split}.txt")
         everything = pair(images[0], masks[0], *self.suffixes, self.bands, self.colors) if images[0].is_dir() else []
         by_name = {key: s for s in everything for key in (s.name, below(s.image, images[0]), below(s.mask, masks[0]))}
         found = []
@@ -140,7 +141,7 @@ class Folder(SegmentationDataModule):
                 name = Path(parts[0]).with_suffix("").as_posix()
                 found.append(Sample(name, image, mask, self.bands, self.colors))
             else:
-                raise ValueError(f"{listing} names {line}, which is not in {images[0]}")
+                raise UserError(f"{listing} names {line}, which is not in {images[0]}")
         return found
 
     def look_at_colors(self) -> None:
@@ -152,23 +153,23 @@ class Folder(SegmentationDataModule):
         if masks and is_color(masks[0]):
             try:
                 self.learn_colors(masks)
-            except ValueError as error:
+            except UserError as error:
                 self.colors_unknown = str(error)
 
     def learn_colors(self, masks: Sequence[Path]) -> None:
         """Settle classes, palette and the colours of masks.
 
         Raises:
-            ValueError: if nothing says what the colours stand for, a class map cannot be read or contradicts the names,
+            UserError: if nothing says what the colours stand for, a class map cannot be read or contradicts the names,
                 or the colours are too many for classes.
         """
         if self.class_map is not None and not self.given:
             names, colors = read_class_map(self.class_map)
             if self.num_classes and len(names) != self.num_classes:
-                raise ValueError(f"{self.class_map} has {len(names)} classes, data.class_names {self.num_classes}")
+                raise UserError(f"{self.class_map} has {len(names)} classes, data.class_names {self.num_classes}")
             self.class_names, self.palette = self.class_names or names, colors
         elif not self.given and self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{masks[0]} is a mask in colour, and nothing says what its colours stand for: give one colour per "
                 f"class in data.palette, or a {CLASS_MAPS[0]} in {self.root} (README, 'Masks in colour')"
             )
@@ -202,7 +203,7 @@ def colors_found(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
     """The colours of masks, in the order of their codes.
 
     Raises:
-        ValueError: for more than 256, as a lossy format makes them; the message names the first such file.
+        UserError: for more than 256, as a lossy format makes them; the message names the first such file.
     """
 
     def codes(path: Path) -> np.ndarray:
@@ -214,7 +215,7 @@ def colors_found(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
         for path, some in zip(paths, pool.map(codes, paths), strict=True):
             found |= set(some.tolist())
             if len(found) > 256:
-                raise ValueError(
+                raise UserError(
                     f"{path} brings the masks' colours to {len(found)}: more than 256 are no classes, but what JPEG or "
                     "smoothing leaves; save masks as PNG, without resizing"
                 )
@@ -225,7 +226,7 @@ def read_class_map(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Read names and colours: ``name,r,g,b``, ``r g b name`` or ``name:r,g,b::``, a class per line.
 
     Raises:
-        ValueError: for a line in none of these forms; the message names it.
+        UserError: for a line in none of these forms; the message names it.
     """
     names, colors = [], []
     for line in read_lines(path):
@@ -240,7 +241,7 @@ def read_class_map(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
         else:
             name, *color = next(csv.reader([line], skipinitialspace=True))  # type: ignore[assignment]
         if len(color) != 3 or not all(part.strip().isdigit() and int(part) < 256 for part in color):
-            raise ValueError(f"{path} has the line '{line}': a class is 'name,r,g,b', 'r g b name' or 'name:r,g,b::'")
+            raise UserError(f"{path} has the line '{line}': a class is 'name,r,g,b', 'r g b name' or 'name:r,g,b::'")
         names.append(name.strip())
         colors.append((int(color[0]), int(color[1]), int(color[2])))
     return names, colors

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import SegmentationDataModule
+from .errors import UserError
 from .files import Sample, decoding, folder_of, pair
 
 
@@ -52,7 +53,7 @@ class ISBIEM(SegmentationDataModule):
         **kwargs: see `SegmentationDataModule`; `test_split` is ``val``.
 
     Raises:
-        ValueError: if nothing is held out.
+        UserError: if nothing is held out.
     """
 
     class_names = ("membrane", "cell")
@@ -70,7 +71,7 @@ class ISBIEM(SegmentationDataModule):
     def __init__(self, root: str | None = None, held_out: int = 4, test_split: str = "val", **kwargs: Any) -> None:
         super().__init__(root, test_split=test_split, **kwargs)
         if held_out < 1:
-            raise ValueError(f"data.held_out must leave a slice to validate on, got {held_out}")
+            raise UserError(f"data.held_out must leave a slice to validate on, got {held_out}")
         self.held_out = held_out
         self.expected_counts = {"train": 30 - held_out, "val": held_out}
 
@@ -78,7 +79,7 @@ class ISBIEM(SegmentationDataModule):
         """List the slices in their order; the last `held_out` are ``val``.
 
         Raises:
-            FileNotFoundError: if there are neither stacks nor folders.
+            UserError: if there are neither stacks nor folders.
         """
         root = folder_of(self.root, f"train-volume.tif and train-labels.tif, or images/ and masks/ ({self.source})")
         volume, labels = root / "train-volume.tif", root / "train-labels.tif"

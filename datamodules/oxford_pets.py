@@ -53,7 +53,7 @@ class OxfordPets(SegmentationDataModule):
         """Read ``trainval.txt``, shared out between train and val, or ``test.txt``.
 
         Raises:
-            FileNotFoundError: if a folder or list is missing.
+            UserError: if a folder or list is missing.
         """
         base = folder_of(self.root, f"oxford-iiit-pet/ ({self.source}, or data.download: true)") / "oxford-iiit-pet"
         lines = read_lines(base / "annotations" / ("test.txt" if split == "test" else "trainval.txt"))

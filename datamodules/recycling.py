@@ -60,7 +60,7 @@ class Recycling(COCO):
         """Read a split's JSON, or share out the one that holds all.
 
         Raises:
-            FileNotFoundError: if there is no JSON file.
+            UserError: if there is no JSON file.
         """
         root = folder_of(self.root, f"train.json and val.json, or annotations.json ({self.source})")
         if (root / "train.json").is_file():

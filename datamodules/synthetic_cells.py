@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import SegmentationDataModule
+from .errors import UserError
 from .files import Sample
 from .synthetic_scenes import SPLITS, Dice
 
@@ -220,7 +221,7 @@ class SyntheticCells(SegmentationDataModule):
         **kwargs: arguments of `SegmentationDataModule`.
 
     Raises:
-        ValueError: for a size below 64 pixels or a number of pictures below 1.
+        UserError: for a size below 64 pixels or a number of pictures below 1.
     """
 
     class_names = ("background", "cell")
@@ -239,9 +240,9 @@ class SyntheticCells(SegmentationDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if len(size) != 2 or min(size) < 64:
-            raise ValueError(f"a picture needs a height and a width of at least 64 pixels, got size {tuple(size)}")
+            raise UserError(f"a picture needs a height and a width of at least 64 pixels, got size {tuple(size)}")
         if min(num_train, num_val, num_test) < 1:
-            raise ValueError(
+            raise UserError(
                 f"every split needs a picture, got num_train, num_val, num_test {num_train, num_val, num_test}"
             )
         self.size, self.seed = (size[0], size[1]), seed
@@ -250,7 +251,7 @@ class SyntheticCells(SegmentationDataModule):
     def samples(self, split: str) -> list[Sample]:
         """List the pictures of a split, ``train``, ``val`` or ``test``; each counts from a start of its own."""
         if split not in SPLITS:
-            raise ValueError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
+            raise UserError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
         start = SPLITS.index(split) << 32
         return [
             CellSample(f"{split}_{i:05d}", seed=self.seed, index=start + i, size=self.size)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import SegmentationDataModule
+from .errors import UserError
 from .files import Sample
 
 SKY, GRASS, WATER, ROAD, TREE, BOAT, CAR, SHEET, PILLOW, SHEEP, POLE = range(11)
@@ -354,7 +355,7 @@ class SyntheticScenes(SegmentationDataModule):
         **kwargs: arguments of `SegmentationDataModule`.
 
     Raises:
-        ValueError: for a size below 32 pixels, a number of scenes below 1, or an unknown difficulty.
+        UserError: for a size below 32 pixels, a number of scenes below 1, or an unknown difficulty.
     """
 
     class_names = ("sky", "grass", "water", "road", "tree", "boat", "car", "sheet", "pillow", "sheep", "pole")
@@ -377,20 +378,20 @@ class SyntheticScenes(SegmentationDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if len(size) != 2 or min(size) < 32:
-            raise ValueError(f"a scene needs a height and a width of at least 32 pixels, got size {tuple(size)}")
+            raise UserError(f"a scene needs a height and a width of at least 32 pixels, got size {tuple(size)}")
         if min(num_train, num_val, num_test) < 1:
-            raise ValueError(
+            raise UserError(
                 f"every split needs a scene, got num_train, num_val, num_test {num_train, num_val, num_test}"
             )
         if difficulty not in (0, 1, 2):
-            raise ValueError(f"difficulty is 0 (clean), 1 or 2 (hard), got {difficulty}")
+            raise UserError(f"difficulty is 0 (clean), 1 or 2 (hard), got {difficulty}")
         self.size, self.seed, self.difficulty = (size[0], size[1]), seed, difficulty
         self.counts = {"train": num_train, "val": num_val, "test": num_test}
 
     def samples(self, split: str) -> list[Sample]:
         """List the scenes of a split, ``train``, ``val`` or ``test``; each counts from a start of its own."""
         if split not in SPLITS:
-            raise ValueError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
+            raise UserError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
         start = SPLITS.index(split) << 32
         return [
             Scene(f"{split}_{i:05d}", seed=self.seed, index=start + i, size=self.size, difficulty=self.difficulty)

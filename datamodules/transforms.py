@@ -15,6 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from .errors import UserError
+
 IGNORE = 255  # the only label that losses and metrics leave out
 
 
@@ -26,12 +28,12 @@ def outside(inpt: Tensor, fill: Sequence[float]) -> Tensor:
     """What lies outside a picture, ``(C, 1, 1)`` float: `fill` for an image, 255 for a mask, 0 for a weight.
 
     Raises:
-        ValueError: if `fill` has neither one value nor one per channel.
+        UserError: if `fill` has neither one value nor one per channel.
     """
     if isinstance(inpt, tv_tensors.Mask):
         return torch.tensor([0.0 if isinstance(inpt, Weight) else float(IGNORE)])[:, None, None]
     if len(fill) not in (1, inpt.shape[-3]):
-        raise ValueError(f"fill has {len(fill)} values, but the image has {inpt.shape[-3]} channels")
+        raise UserError(f"fill has {len(fill)} values, but the image has {inpt.shape[-3]} channels")
     return torch.tensor(fill, dtype=torch.float32)[:, None, None]
 
 
@@ -75,7 +77,7 @@ class RandomScaleCrop(v2.Transform):
         image ``(C, H, W)``, mask and weight ``(H, W)`` -> ``(C, *crop_size)``, ``(*crop_size)``.
 
     Raises:
-        ValueError: if a side of the window, a factor or the share is not positive, the factors are in the wrong order,
+        UserError: if a side of the window, a factor or the share is not positive, the factors are in the wrong order,
             or the share is above 1.
     """
 
@@ -89,11 +91,11 @@ class RandomScaleCrop(v2.Transform):
         super().__init__()
         size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"crop_size must be one or two positive numbers, got {crop_size}")
+            raise UserError(f"crop_size must be one or two positive numbers, got {crop_size}")
         if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range must be (smallest, largest) with 0 < smallest <= largest, got {scale_range}")
+            raise UserError(f"scale_range must be (smallest, largest) with 0 < smallest <= largest, got {scale_range}")
         if not 0 < max_class_share <= 1:
-            raise ValueError(f"max_class_share must be above 0 and at most 1, got {max_class_share}")
+            raise UserError(f"max_class_share must be above 0 and at most 1, got {max_class_share}")
         self.crop_size, self.scale_range, self.fill = size, tuple(scale_range), list(fill)
         self.max_class_share = max_class_share
 
@@ -164,13 +166,13 @@ class ElasticDeformation(v2.Transform):
         the nearest pixel, all by one field.
 
     Raises:
-        ValueError: if `sigma` is negative or the grid has fewer than 2 points along a side.
+        UserError: if `sigma` is negative or the grid has fewer than 2 points along a side.
     """
 
     def __init__(self, sigma: float = 10.0, grid: int = 3, fill: Sequence[float] = (0,)) -> None:
         super().__init__()
         if sigma < 0 or grid < 2:
-            raise ValueError(f"sigma must not be negative and grid must be at least 2, got {sigma} and {grid}")
+            raise UserError(f"sigma must not be negative and grid must be at least 2, got {sigma} and {grid}")
         self.sigma, self.grid, self.fill = sigma, grid, list(fill)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -236,13 +238,13 @@ class BandJitter(v2.Transform):
         image ``(C, H, W)`` -> the same, in its own dtype; masks and weights pass.
 
     Raises:
-        ValueError: if `strength` is negative.
+        UserError: if `strength` is negative.
     """
 
     def __init__(self, strength: float) -> None:
         super().__init__()
         if strength < 0:
-            raise ValueError(f"strength must not be negative, got {strength}")
+            raise UserError(f"strength must not be negative, got {strength}")
         self.strength = strength
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:

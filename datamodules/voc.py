@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base import SegmentationDataModule, voc_palette
 from .download import Archive
+from .errors import UserError
 from .files import Sample, decoding, folder_of, read_image, read_lines
 
 SBD = "benchmark_RELEASE/dataset"
@@ -51,7 +52,7 @@ class VOC(SegmentationDataModule):
         **kwargs: see `SegmentationDataModule`; the test labels are not public, so `test_split` is ``val``.
 
     Raises:
-        ValueError: for another `train_split`.
+        UserError: for another `train_split`.
     """
 
     class_names = (
@@ -79,7 +80,7 @@ class VOC(SegmentationDataModule):
     ) -> None:
         super().__init__(root, test_split=test_split, **kwargs)
         if train_split not in ("train", "trainaug"):
-            raise ValueError(f"data.train_split is 'trainaug' or 'train', got '{train_split}'")
+            raise UserError(f"data.train_split is 'trainaug' or 'train', got '{train_split}'")
         self.train_split = train_split
         self.expected_counts = {"train": {"train": 1464, "trainaug": 10582}[train_split], "val": 1449}
         if train_split == "trainaug":
@@ -89,7 +90,7 @@ class VOC(SegmentationDataModule):
         """List VOC's ``train`` or ``val``, or put ``trainaug`` together.
 
         Raises:
-            FileNotFoundError: if a folder or list is missing.
+            UserError: if a folder or list is missing.
         """
         base = folder_of(self.root, f"VOCdevkit/ ({self.source})") / "VOCdevkit/VOC2012"
         lists = base / "ImageSets/Segmentation"
@@ -110,7 +111,7 @@ class VOC(SegmentationDataModule):
         own = read_lines(lists / "train.txt")
         sbd = folder_of(self.root, "") / SBD
         if not sbd.is_dir():
-            raise FileNotFoundError(
+            raise UserError(
                 f"trainaug needs {base / 'SegmentationClassAug'} or {sbd}: put one there, or set "
                 "data.train_split: train"
             )

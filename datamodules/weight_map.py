@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .transforms import IGNORE
 
 NEGLIGIBLE = 1e-6  # share of w0 below which a border term counts as 0
@@ -42,14 +43,14 @@ def border_weights(
         mask ``(H, W)``, instances ``(H, W)`` -> float32 ``(H, W)``.
 
     Raises:
-        ValueError: if mask and instances differ in size, `sigma` is not positive, or a label has no class weight.
+        UserError: if mask and instances differ in size, `sigma` is not positive, or a label has no class weight.
     """
     from scipy import ndimage
 
     if instances is not None and instances.shape != mask.shape:
-        raise ValueError(f"the mask is {tuple(mask.shape)}, but the instances are {tuple(instances.shape)}")
+        raise UserError(f"the mask is {tuple(mask.shape)}, but the instances are {tuple(instances.shape)}")
     if sigma <= 0:
-        raise ValueError(f"sigma must be positive, got {sigma}")
+        raise UserError(f"sigma must be positive, got {sigma}")
     labels = mask.numpy()
     counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
     counts[IGNORE] = 0
@@ -58,7 +59,7 @@ def border_weights(
     if class_weights is None:
         factors[present] = counts.sum() / (len(present) * counts[present])
     elif present.max(initial=0) >= len(class_weights):
-        raise ValueError(f"class_weights has {len(class_weights)} values, but the mask holds the label {present[-1]}")
+        raise UserError(f"class_weights has {len(class_weights)} values, but the mask holds the label {present[-1]}")
     else:
         factors[present] = np.asarray(class_weights)[present]
     weights = factors[labels].astype(np.float32)

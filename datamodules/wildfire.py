@@ -73,7 +73,7 @@ class Wildfire(SegmentationDataModule):
         """Pair patches and masks by number, or by scene and number.
 
         Raises:
-            FileNotFoundError: if neither layout is there.
+            UserError: if neither layout is there.
         """
         root = folder_of(self.root, f"train_img/ and train_mask/, or images/ and masks/ ({self.source})")
         if (root / "train_img").is_dir():

@@ -1,18 +1,18 @@
 """Semantic segmentation architectures, one LightningModule and one file per paper."""
 
+from .architectures.deconvnet import DeconvNet
+from .architectures.deeplabv1 import DeepLabV1
+from .architectures.deeplabv2 import DeepLabV2
+from .architectures.deeplabv3 import DeepLabV3
+from .architectures.deeplabv3plus import DeepLabV3Plus
+from .architectures.fcdensenet import FCDenseNet
+from .architectures.fcn import FCN
+from .architectures.maskformer import MaskFormer
+from .architectures.pspnet import PSPNet
+from .architectures.segnet import SegNet
+from .architectures.unet import UNet
+from .architectures.unet3plus import UNet3Plus
 from .base import SegmentationModule
-from .deconvnet import DeconvNet
-from .deeplabv1 import DeepLabV1
-from .deeplabv2 import DeepLabV2
-from .deeplabv3 import DeepLabV3
-from .deeplabv3plus import DeepLabV3Plus
-from .fcdensenet import FCDenseNet
-from .fcn import FCN
-from .maskformer import MaskFormer
-from .pspnet import PSPNet
-from .segnet import SegNet
-from .unet import UNet
-from .unet3plus import UNet3Plus
 
 __all__ = [
     "FCN",

@@ -1,5 +1,6 @@
 """SegmentationModule: the loop that every architecture shares. A subclass adds the layers and `score_maps`."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from .errors import UserError
 from .inference import Inference, Whole, resize
 from .losses import IGNORE, CrossEntropy
 from .metrics import ConfusionMatrix, scores
@@ -49,7 +51,7 @@ class SegmentationModule(L.LightningModule):
         inference: how validation, test and predict see an image: None is `Whole`, at once.
 
     Raises:
-        ValueError: if `num_classes` is below 1, mean and std are not one number per channel, or an argument is given
+        UserError: if `num_classes` is below 1, mean and std are not one number per channel, or an argument is given
             that another one makes void.
     """
 
@@ -84,13 +86,13 @@ class SegmentationModule(L.LightningModule):
         no_part = ["loss", "optimizer", "lr_scheduler", "inference"]  # of the network, which a checkpoint builds again
         self.save_hyperparameters(logger=False, ignore=no_part)  # of the subclass too
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+            raise UserError(f"num_classes must be at least 1, got {num_classes}")
         if not len(mean) == len(std) == in_channels:
-            raise ValueError(f"mean and std need one number for each of {in_channels} channels, got {mean} and {std}")
+            raise UserError(f"mean and std need one number for each of {in_channels} channels, got {mean} and {std}")
         if loss is not None and class_weights is not None:
-            raise ValueError("class_weights are for the default loss: give them to the injected loss instead")
+            raise UserError("class_weights are for the default loss: give them to the injected loss instead")
         if lr_scheduler is not None and warmup_steps:
-            raise ValueError("warmup_steps is for the default poly schedule, not for an injected lr_scheduler")
+            raise UserError("warmup_steps is for the default poly schedule, not for an injected lr_scheduler")
         self.num_classes, self.in_channels, self.bgr = num_classes, in_channels, bgr
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
@@ -158,10 +160,10 @@ class SegmentationModule(L.LightningModule):
             image ``(N, C, H, W)`` of an integer or float type -> the same in the module's type.
 
         Raises:
-            ValueError: if the channels are not `in_channels`.
+            UserError: if the channels are not `in_channels`.
         """
         if image.shape[1] != self.in_channels:
-            raise ValueError(
+            raise UserError(
                 f"the image has {image.shape[1]} channels, the model has in_channels {self.in_channels}: data.bands "
                 "says which are read"
             )
@@ -179,17 +181,17 @@ class SegmentationModule(L.LightningModule):
         """Take class names and palette from the data, and check that model and data agree.
 
         Raises:
-            ValueError: if the numbers of channels or classes differ; a binary model has 1 where its data has 2.
+            UserError: if the numbers of channels or classes differ; a binary model has 1 where its data has 2.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and len(getattr(data, "class_names", ())) > 0:
             if max(2, self.num_classes) != data.num_classes:
-                raise ValueError(
+                raise UserError(
                     f"model.num_classes is {self.num_classes} but the data has {data.num_classes} classes "
                     f"({', '.join(data.class_names)}): set model.num_classes to {data.num_classes}"
                 )
             if self.in_channels != data.in_channels:
-                raise ValueError(
+                raise UserError(
                     f"model.in_channels is {self.in_channels} but the images have {data.in_channels} channels: set "
                     f"model.in_channels to {data.in_channels}, and model.mean and model.std to as many values"
                 )
@@ -230,14 +232,14 @@ class SegmentationModule(L.LightningModule):
         """Sum and log the losses.
 
         Raises:
-            ValueError: if the loss is not finite, or batch norm meets one value per channel.
+            UserError: if the loss is not finite, or batch norm meets one value per channel.
         """
         try:
             losses = self.losses(batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise ValueError(
+            raise UserError(
                 f"batch norm cannot train on a batch of {len(batch['name'])} where a feature map is 1x1: "
                 "set data.batch_size to 2 or more, or model.freeze_bn: true"
             ) from error
@@ -245,7 +247,7 @@ class SegmentationModule(L.LightningModule):
         if not torch.isfinite(loss):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            raise ValueError(
+            raise UserError(
                 f"the loss is not finite ({terms}) at step {self.global_step}, learning rate {rate:g}, "
                 f"images {', '.join(batch['name'])}: lower the learning rate, or look at these files"
             )
@@ -303,8 +305,11 @@ class SegmentationModule(L.LightningModule):
 
     @property
     def class_path(self) -> str:
-        """The import path of this architecture."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        """The public import path of this architecture, such as ``segmentation.UNet``, so that its file may move."""
+        cls = type(self)
+        package = cls.__module__.partition(".")[0]
+        public = getattr(sys.modules[package], cls.__name__, None) is cls
+        return f"{package if public else cls.__module__}.{cls.__qualname__}"
 
     @property
     def init_args(self) -> dict[str, Any]:
@@ -343,7 +348,7 @@ class SegmentationModule(L.LightningModule):
         """Build optimizer and schedule; poly steps once per optimizer step over the whole run.
 
         Raises:
-            ValueError: if poly has no end to reach, because only ``max_time`` limits the run.
+            UserError: if poly has no end to reach, because only ``max_time`` limits the run.
         """
         optimizer = self.optimizer(self.param_groups())
         for group in optimizer.param_groups:
@@ -353,7 +358,7 @@ class SegmentationModule(L.LightningModule):
         else:
             steps = self.trainer.estimated_stepping_batches
             if steps == float("inf"):
-                raise ValueError("the poly schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+                raise UserError("the poly schedule needs an end: set trainer.max_epochs or trainer.max_steps")
             schedule, interval = torch.optim.lr_scheduler.LambdaLR(optimizer, self.poly(int(steps))), "step"
         return {
             "optimizer": optimizer,
@@ -389,11 +394,11 @@ class SegmentationModule(L.LightningModule):
         """Take class names and palette where the data gave none.
 
         Raises:
-            ValueError: if the checkpoint is of another architecture, or of the same with other sizes; names both.
+            UserError: if the checkpoint is of another architecture, or of the same with other sizes; names both.
         """
         saved = checkpoint.get("segmentation")
-        if saved is not None and saved["class_path"] != self.class_path:
-            raise ValueError(
+        if saved is not None and saved["class_path"].rpartition(".")[2] != type(self).__name__:
+            raise UserError(
                 f"the checkpoint is of {saved['class_path']}, but the model is {self.class_path}: give its own config"
             )
         own = {key: value.shape for key, value in self.state_dict().items()}
@@ -402,6 +407,6 @@ class SegmentationModule(L.LightningModule):
             theirs, ours = saved["init_args"] if saved else {}, self.init_args
             differ = [f"{k} {theirs.get(k)} there, {ours.get(k)} here" for k in ours if theirs.get(k) != ours.get(k)]
             layer = min(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key))
-            raise ValueError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
+            raise UserError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
         if saved is not None and not self.knows_classes:
             self.class_names, self.palette = saved["class_names"], saved["palette"]

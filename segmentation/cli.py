@@ -6,6 +6,7 @@ import json
 import logging
 import netrc
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,10 +23,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import datamodules
+import datamodules.errors
 import segmentation
+import segmentation.errors
 from segmentation import callbacks, inference
 from segmentation.commands import COMMANDS, NEEDS, Trainer
-from segmentation.messages import plain, sentence
+from segmentation.messages import plain
+
+from .errors import UserError
 
 
 class Parser(LightningArgumentParser):
@@ -99,7 +104,7 @@ class CLI(LightningCLI):
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = newest_checkpoint(folder, config.ckpt_path)
         if config.ckpt_path and "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
-            raise FileNotFoundError(f"the checkpoint {config.ckpt_path} does not exist")
+            raise UserError(f"the checkpoint {config.ckpt_path} does not exist")
         if config.ckpt_path and config.model is not None and "weights" in config.model.init_args:
             take_from_checkpoint(config.model.init_args, config.ckpt_path)
         if self.subcommand in ("validate", "test") and any(
@@ -143,11 +148,12 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
     if path in ("last", "best"):
         return args  # known once the config is
     if not Path(path).is_file():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist")
+        raise UserError(f"the checkpoint {path} does not exist")
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
     if saved is None:
-        raise ValueError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")
-    model = json.dumps({"class_path": saved["class_path"], "init_args": saved["init_args"]})
+        raise UserError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")
+    class_path = re.sub(r"^segmentation\..*\.", "segmentation.", saved["class_path"])  # files have moved
+    model = json.dumps({"class_path": class_path, "init_args": saved["init_args"]})
     data = ["--data", "Folder"] if args[0] == "predict" and not known.data else []
     return [args[0], "--model", model, *data, *args[1:]]
 
@@ -169,12 +175,12 @@ def newest_checkpoint(folder: Path | None, name: str) -> str:
     A resumed run begins its search for the best anew, so the best of the runs that it went on from counts too.
 
     Raises:
-        FileNotFoundError: if no run has left one.
+        UserError: if no run has left one.
     """
     found = sorted(folder.glob(f"*/checkpoints/{name}.ckpt"), key=lambda p: p.stat().st_mtime) if folder else []
     if not found:
         where = folder or "a config without a CSVLogger"
-        raise FileNotFoundError(f"--ckpt_path {name}: no run in {where} has left a {name}.ckpt")
+        raise UserError(f"--ckpt_path {name}: no run in {where} has left a {name}.ckpt")
     chain, path = [], found[-1] if name == "best" else None
     while path is not None and path not in chain:
         chain.append(path)
@@ -208,6 +214,24 @@ def has_wandb_key() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+def sentence(error: BaseException | None) -> str | None:
+    """Return the message of an error that the user can mend; None for any other, which keeps its traceback.
+
+    Args:
+        error: a `UserError` of either package, or one that was raised from it, as the parser does with what a class's
+            constructor raises.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, (segmentation.errors.UserError, datamodules.errors.UserError)):
+            return text.rpartition("UserError: ")[2].strip()  # a loader's worker puts its traceback before the message
+        if "of the Union subtypes" in text:  # an older parser does no more than quote it
+            quoted = re.findall(r"^ *- (?!Expected an? )(.+)$", text, re.MULTILINE)
+            return quoted[-1] if quoted else None
+        error = error.__cause__
+    return None
 
 
 def main(args: Sequence[str] | None = None) -> None:

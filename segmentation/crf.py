@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UserError
+
 SMALLEST = 1e-5  # probabilities below it count as it, as in pydensecrf's utilities
 
 
@@ -35,7 +37,7 @@ class CRF:
         iterations: of mean field.
 
     Raises:
-        ValueError: if a weight is negative, a sigma not positive, or there are fewer than 0 iterations.
+        UserError: if a weight is negative, a sigma not positive, or there are fewer than 0 iterations.
     """
 
     w1: float = 4.0
@@ -47,9 +49,9 @@ class CRF:
 
     def __post_init__(self) -> None:
         if min(self.w1, self.w2, self.iterations) < 0:
-            raise ValueError(f"a CRF's weights and iterations must not be negative, got {self}")
+            raise UserError(f"a CRF's weights and iterations must not be negative, got {self}")
         if min(self.sigma_alpha, self.sigma_beta, self.sigma_gamma) <= 0:
-            raise ValueError(f"a CRF's sigmas must be positive, got {self}")
+            raise UserError(f"a CRF's sigmas must be positive, got {self}")
 
 
 # The settings that the authors of DeepLab released for VOC 2012. Those of v1 are known from a listing of others alone;
@@ -84,16 +86,16 @@ def refine(probs: Tensor, image: Tensor, crf: CRF, backend: Backend = "torch", b
         probs ``(N, K, H, W)``, image uint8 ``(N, 3, H, W)`` -> ``(N, K, H, W)`` float32.
 
     Raises:
-        ValueError: if shapes or types do not fit, or a probability is not a number.
-        ImportError: if pydensecrf is wanted and not installed.
+        UserError: if shapes or types do not fit, or a probability is not a number.
+        UserError: if pydensecrf is wanted and not installed.
     """
     if image.dtype != torch.uint8 or image.shape != (len(probs), 3, *probs.shape[2:]):
-        raise ValueError(
+        raise UserError(
             f"the CRF needs raw RGB pixels, uint8 {(len(probs), 3, *probs.shape[2:])} beside probabilities "
             f"{tuple(probs.shape)}, got {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
         )
     if not probs.is_floating_point() or not (probs := probs.float()).sum().isfinite():
-        raise ValueError("the CRF needs probabilities: these hold values that are no finite numbers")
+        raise UserError("the CRF needs probabilities: these hold values that are no finite numbers")
     if probs.shape[1] == 1:
         return refine(torch.cat([1 - probs, probs], dim=1), image, crf, backend, bound=0)[:, 1:]
     kept = (probs.amax(dim=(0, 2, 3)) > bound).nonzero()[:, 0]
@@ -148,7 +150,7 @@ class Lattice:
         group: ``(size,)``; points of different groups do not see each other.
 
     Raises:
-        ValueError: if features spread over too many standard deviations to be numbered.
+        UserError: if features spread over too many standard deviations to be numbered.
     """
 
     def __init__(self, features: Tensor, group: Tensor) -> None:
@@ -174,7 +176,7 @@ class Lattice:
         low, high = (extreme.long() * (d + 1) for extreme in (nearest.amin(dim=0) - 3, nearest.amax(dim=0) + 4))
         digits = [*(high - low)[:d].tolist(), int(group[-1]) + 1]
         if torch.tensor(digits, dtype=torch.float64).log2().sum() > 62:
-            raise ValueError("the CRF's sigmas are too small for this image: its lattice has more points than numbers")
+            raise UserError("the CRF's sigmas are too small for this image: its lattice has more points than numbers")
         value = torch.tensor([1, *digits[:-1]], device=device).cumprod(dim=0)
         value, of_group = torch.cat([value[:d], value.new_zeros(1)]), value[d]  # the last coordinate follows
         first = ((nearest.long() * (d + 1) - low) * value).sum(dim=1) + group * of_group
@@ -231,7 +233,7 @@ def by_pydensecrf(probs: Tensor, image: Tensor, crf: CRF) -> Tensor:
     """The same by pydensecrf, image by image: shapes as `refine`.
 
     Raises:
-        ImportError: if it is not installed.
+        UserError: if it is not installed.
     """
     need_pydensecrf()
     from pydensecrf.densecrf import DenseCRF2D
@@ -252,10 +254,10 @@ def need_pydensecrf() -> None:
     """Say how to install it.
 
     Raises:
-        ImportError: if it is not installed.
+        UserError: if it is not installed.
     """
     if importlib.util.find_spec("pydensecrf") is None:
-        raise ImportError(
+        raise UserError(
             "pydensecrf is not installed: `pip install pydensecrf2` compiles it, with g++ or, on Windows, Visual C++; "
             "DenseCRF's backend: torch needs neither"
         )

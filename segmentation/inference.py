@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UserError
+
 Read = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> preprocessed pixels (N, C, h, w)
 Block = tuple[int, int, Tensor]  # top, left, and the logits (N, K, h, w) from there on
 
@@ -82,7 +84,7 @@ class SlidingWindow(Tiled):
         batch_size: windows that the network sees at once.
 
     Raises:
-        ValueError: for a crop or batch below 1, an overlap outside [0, 1), or an unknown blend.
+        UserError: for a crop or batch below 1, an overlap outside [0, 1), or an unknown blend.
     """
 
     def __init__(
@@ -93,11 +95,11 @@ class SlidingWindow(Tiled):
         batch_size: int = 1,
     ) -> None:
         if crop < 1 or batch_size < 1:
-            raise ValueError(f"crop and batch_size of a SlidingWindow must be 1 or more, got {crop}, {batch_size}")
+            raise UserError(f"crop and batch_size of a SlidingWindow must be 1 or more, got {crop}, {batch_size}")
         if not 0 <= overlap < 1:
-            raise ValueError(f"overlap of a SlidingWindow is a share of its crop, 0 or more and below 1, got {overlap}")
+            raise UserError(f"overlap of a SlidingWindow is a share of its crop, 0 or more and below 1, got {overlap}")
         if blend not in ("average", "gaussian"):
-            raise ValueError(f"blend of a SlidingWindow is average or gaussian, got {blend}")
+            raise UserError(f"blend of a SlidingWindow is average or gaussian, got {blend}")
         self.crop, self.overlap, self.blend, self.batch_size = crop, overlap, blend, batch_size
 
     def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
@@ -143,23 +145,23 @@ class OverlapTile(Tiled):
         crop: side of the network's input in pixels, 16 n + 12; 572 in the paper.
 
     Raises:
-        ValueError: for another crop; in use, for a network that loses no border.
+        UserError: for another crop; in use, for a network that loses no border.
     """
 
     def __init__(self, crop: int = 572) -> None:
         if crop < 204 or (crop - 12) % 16:
-            raise ValueError(f"crop of an OverlapTile is 16 n + 12 pixels, 204 or more, such as 572, got {crop}")
+            raise UserError(f"crop of an OverlapTile is 16 n + 12 pixels, 204 or more, such as 572, got {crop}")
         self.crop = crop
 
     def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
         """See `Tiled`.
 
         Raises:
-            ValueError: if the network loses no border.
+            UserError: if the network loses no border.
         """
         border = model.border
         if not border:
-            raise ValueError(
+            raise UserError(
                 f"OverlapTile is for the valid U-Net, and this {type(model).__name__} loses no border: set "
                 "model.inference to SlidingWindow"
             )
@@ -182,7 +184,7 @@ class MultiScaleFlip(Inference):
         inference: how each of these images is seen; None is `Whole`. With `SlidingWindow`, PSPNet's protocol.
 
     Raises:
-        ValueError: without scales, or for one that is not above 0.
+        UserError: without scales, or for one that is not above 0.
     """
 
     def __init__(
@@ -192,7 +194,7 @@ class MultiScaleFlip(Inference):
         inference: Inference | None = None,
     ) -> None:
         if not scales or min(scales) <= 0:
-            raise ValueError(f"scales of a MultiScaleFlip are one factor or more, each above 0, got {list(scales)}")
+            raise UserError(f"scales of a MultiScaleFlip are one factor or more, each above 0, got {list(scales)}")
         self.scales, self.flip, self.inference = scales, flip, inference or Whole()
 
     def __call__(self, model: Any, image: Tensor) -> Tensor:

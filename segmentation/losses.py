@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import UserError
+
 IGNORE = 255  # the only label that losses and metrics leave out
 
 
@@ -22,7 +24,7 @@ class CrossEntropy(nn.Module):
         ``(N, H, W)``, a further factor per pixel such as U-Net's border map, or None -> scalar.
 
     Raises:
-        ValueError: in `forward`, if the weights are not one per class.
+        UserError: in `forward`, if the weights are not one per class.
     """
 
     def __init__(self, class_weights: Sequence[float] | None = None) -> None:
@@ -40,7 +42,7 @@ class CrossEntropy(nn.Module):
             loss = F.cross_entropy(logits, target, reduction="none")
         classes = max(2, logits.shape[1])
         if self.class_weights is not None and len(self.class_weights) != classes:
-            raise ValueError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
+            raise UserError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
         weight = self.weight(mask) if weight is None else self.weight(mask) * weight
         return (loss * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
 

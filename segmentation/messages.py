@@ -4,9 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -49,24 +47,3 @@ def plain(message: str, classes: Sequence[type], commands: Sequence[Callable[...
     if "required: " in message and ".model" in message:
         return "no model given: name a config with --config FILE, or an architecture with --model CLASS"
     return " ".join(message.split())[:400]
-
-
-def sentence(error: BaseException) -> str | None:
-    """The message of an error that this project raised to be read; None for any other, which keeps its traceback."""
-    text = str(error)
-    if "Original Traceback" in text:  # from a loader's worker: its last line is the error, and the frame before it ours
-        frames, last = re.findall(r'File "([^"]+)", line', text), text.strip().splitlines()[-1]
-        return last.partition(": ")[2] if frames and ours(frames[-1]) else None
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, (ValueError, OSError, ImportError)) and ours(frames[-1]):
-        return text
-    if error.__cause__ and (wrapped := sentence(error.__cause__)):  # the parser wraps what a class's __init__ raises
-        return wrapped
-    quoted = re.findall(r"^ *- (?!Expected an? )(.+)$", text, re.MULTILINE) if "of the Union subtypes" in text else []
-    return quoted[-1] if quoted else None  # an older parser does no more than quote it
-
-
-def ours(filename: str) -> bool:
-    """Whether a source file belongs to this project."""
-    project = Path(__file__).resolve().parent.parent
-    return any(project / package in Path(filename).resolve().parents for package in ("segmentation", "datamodules"))

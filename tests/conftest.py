@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from segmentation.backbones import Bottleneck
+from segmentation.architectures.backbones.resnet import Bottleneck
 
 PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_architecture_names_both(trained, tree, tmp_path
     for verb in ("test", "fit"):
         done = lightning(verb, "--config", file, "--ckpt_path", best, cwd=tmp_path)
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "segmentation.unet.UNet" in done.stderr and "segmentation.deeplabv1.DeepLabV1" in done.stderr
+        assert "segmentation.UNet" in done.stderr and "segmentation.DeepLabV1" in done.stderr
 
 
 def test_a_checkpoint_of_another_width_says_what_differs(trained, tree, tmp_path):

@@ -1,8 +1,5 @@
 """The shared loop: optimizer groups, schedule, losses, metrics, checkpoints. By hand or against torch."""
 
-import ast
-from pathlib import Path
-
 import lightning as L
 import pytest
 import torch
@@ -174,59 +171,6 @@ def test_compiled_runs_train_and_validate_images_of_several_sizes(tmp_path):
         run = tmp_path / "logs" / name / "version_0"
         losses.append(column(run, "train/loss") + column(run, "val/loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-# the one paper that a paper builds on
-EXTENDS = {"deeplabv2": "deeplabv1", "deeplabv3plus": "deeplabv3", "unet3plus": "unet", "recycling": "coco",
-           "synthetic_cells": "synthetic_scenes"}  # fmt: skip
-
-
-def test_imports_keep_the_agreed_directions():
-    """Who may import whom, as CONTRIBUTING.md says."""
-    project = Path(__file__).parents[1]
-    allowed = {
-        "losses": set(), "metrics": {"losses"}, "em_metrics": set(), "pictures": set(), "messages": set(),
-        "published": set(), "weights": {"published"},
-        "backbones": {"weights"},
-        "inference": set(), "crf": set(), "crf_search": {"base", "crf", "metrics"},
-        "base": {"inference", "losses", "metrics", "weights"},
-        "large_image": {"base", "inference", "pictures"},
-        "receptive_field_report": {"base", "receptive_field"}, "export": {"base"},
-        "callbacks": {"base", "crf", "losses", "metrics", "em_metrics", "pictures", "boundary_scores", "dense_crf",
-                      "em_scores", "report", "report_pictures", "prediction_logger", "prediction_writer"},
-    }  # fmt: skip
-    for file in (project / "segmentation").rglob("*.py"):
-        name = file.parent.name if file.parent.name == "callbacks" else file.stem
-        others = {module.split(".")[0] for module in imported(file)}
-        assert not others & {"datamodules", "segmentation"} or name in ("cli", "commands"), file
-        found = siblings(file)
-        if name in ("cli", "commands", "__main__", "__init__"):
-            continue
-        assert "cli" not in found, file
-        limit = allowed.get(name, {"base", "backbones", "inference", "losses", "weights", EXTENDS.get(name)})
-        assert found <= limit, f"{file.name} imports {found - limit}"
-    files = {"files", "transforms"}
-    allowed = {
-        "files": set(), "download": set(), "transforms": set(), "weight_map": {"transforms"}, "dataset": files,
-        "base": {*files, "dataset", "download", "weight_map"},
-    }  # fmt: skip
-    for file in (project / "datamodules").glob("*.py"):
-        assert not {module.split(".")[0] for module in imported(file)} & {"datamodules", "segmentation"}, file
-        limit = allowed.get(file.stem, {*files, "base", "download", EXTENDS.get(file.stem)})
-        if file.stem.startswith("check"):
-            limit |= {"check", "check_files", "check_findings"}
-        assert file.stem == "__init__" or siblings(file) <= limit, f"{file.name} imports {siblings(file) - limit}"
-
-
-def siblings(file: Path) -> set[str]:
-    nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
-    return {name for n in nodes for name in ([n.module] if n.module else [alias.name for alias in n.names])}
-
-
-def imported(file: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
-    return names | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
 
 
 def test_every_public_architecture_is_a_segmentation_module():

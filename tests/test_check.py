@@ -11,9 +11,10 @@ from conftest import CLASSES, config, draw_tree, lightning
 from PIL import Image
 
 from datamodules import Folder, Sample, SyntheticScenes
-from datamodules.check import examine, median_frequency, yaml_block
-from datamodules.check_files import look_at
-from datamodules.check_page import page_html
+from datamodules.check import examine, median_frequency
+from datamodules.check.facts import look_at
+from datamodules.check.page import page_html
+from datamodules.check.suggest import yaml_block
 from segmentation.cli import main
 
 COUNTS = {"train": 6, "val": 3, "test": 2}

@@ -30,7 +30,7 @@ def test_fit_leaves_checkpoints_metrics_curves_and_pictures(trained):
 def test_checkpoint_knows_its_model_and_holds_plain_types_only(trained):
     checkpoint = torch.load(trained / "logs/config/version_0/checkpoints/best.ckpt", weights_only=True)
     saved = checkpoint["segmentation"]
-    assert saved["class_path"] == "segmentation.unet.UNet"
+    assert saved["class_path"] == "segmentation.UNet"
     assert saved["init_args"]["base_channels"] == 4 and saved["init_args"]["num_classes"] == 3
     assert saved["class_names"] == ["ground", "disc", "bar"] and saved["palette"][1] == [200, 0, 0]
     assert "hyper_parameters" not in checkpoint and not any("_orig_mod" in key for key in checkpoint["state_dict"])

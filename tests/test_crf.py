@@ -16,9 +16,10 @@ from PIL import Image
 from datamodules import Folder
 from segmentation import MaskFormer, UNet
 from segmentation.callbacks import DenseCRF
+from segmentation.cli import sentence
+from segmentation.commands.tune_crf import Search
 from segmentation.crf import CRF, PRESETS, Lattice, grid_lattice, refine
-from segmentation.crf_search import Search
-from segmentation.messages import sentence
+from segmentation.errors import UserError
 
 needs_pydensecrf = pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is optional")
 
@@ -270,7 +271,7 @@ def test_scores_over_their_sum_and_grey_of_16_bits_are_refined_too():
 
 def test_without_pydensecrf_one_line_says_what_to_do(monkeypatch, scene):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError) as caught:
+    with pytest.raises(UserError) as caught:
         run(scene, backend="pydensecrf")
     assert "\n" not in str(caught.value) and all(w in str(caught.value) for w in ("pip install pydensecrf2", "g++"))
     assert sentence(caught.value) == str(caught.value)

@@ -17,6 +17,7 @@ from datamodules import CamVid, Folder, SegmentationDataset
 from datamodules.base import voc_palette
 from datamodules.dataset import EpochSampler, collate
 from datamodules.download import Archive, fetch
+from datamodules.errors import UserError
 from datamodules.files import Sample, files_under, read_image, read_mask, to_8_bits
 from datamodules.transforms import RandomScaleCrop
 
@@ -188,7 +189,7 @@ def test_splits_by_folder_list_or_fraction(tmp_path, tree):
     (flat / "val.txt").write_text("deep/05\n\n")
     assert [s.name for s in data.samples("train")] == ["deep/03", "deep/04"]
     assert [s.name for s in data.samples("val")] == ["deep/05"]
-    with pytest.raises(FileNotFoundError, match=r"no test\.txt"):
+    with pytest.raises(UserError, match=r"no test\.txt"):
         data.samples("test")
     (flat / "val.txt").write_text("deep/77\n")
     with pytest.raises(ValueError, match="deep/77"):
@@ -367,7 +368,7 @@ def test_download_goes_on_checks_and_unpacks_once(server, tmp_path, suffix):
     checksum = archive(tmp_path / f"served/data.{suffix}", {"deep/file.bin": content})
     wanted, root = Archive(f"{url}/data.{suffix}", checksum, "here"), tmp_path / "root"
     handler.limit, handler.asked = 2000, []
-    with pytest.raises(OSError, match="broke off after 2,000 of"):
+    with pytest.raises(UserError, match="broke off after 2,000 of"):
         fetch(wanted, root)
     assert (root / f"data.{suffix}.part").stat().st_size == 2000
     handler.limit = 10**9

@@ -40,6 +40,7 @@ from datamodules import (
 )
 from datamodules.base import SegmentationDataModule
 from datamodules.coco import CLASSES, VOC_CLASSES
+from datamodules.errors import UserError
 
 
 def read(data: SegmentationDataModule, split: str, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +60,7 @@ def test_facts_are_stated(cls):
     assert data.source and data.licence
     if data.root is not None:
         assert data.disk and data.citation
-        with pytest.raises(FileNotFoundError, match="/nowhere does not exist: it should hold"):
+        with pytest.raises(UserError, match="/nowhere does not exist: it should hold"):
             data.samples("train")
         with pytest.raises(ValueError, match="root is not set"):
             cls().samples("train")
@@ -99,7 +100,7 @@ def test_voc_trainaug_from_masks_of_sbd(tmp_path):
 def test_voc_trainaug_from_a_folder_with_or_without_its_list(tmp_path):
     draw_voc(tmp_path)
     base = tmp_path / "VOCdevkit/VOC2012"
-    with pytest.raises(FileNotFoundError, match=r"trainaug needs .*SegmentationClassAug or .*benchmark_RELEASE"):
+    with pytest.raises(UserError, match=r"trainaug needs .*SegmentationClassAug or .*benchmark_RELEASE"):
         VOC(tmp_path).samples("train")
     for name in ("2007_000032", "2007_000033", "2008_000002"):
         save(base / f"SegmentationClassAug/{name}.png", labels(3, [0, 1]))

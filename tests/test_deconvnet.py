@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import shake
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.vgg import VGG, make_layers
 
-from segmentation.deconvnet import DeconvNet, unpool
+from segmentation.architectures.deconvnet import DeconvNet, unpool
 
 
 @pytest.mark.parametrize(("classes", "fc", "parameters"), [(21, 4096, 251_805_653), (21, 1024, 81_917_909)])
@@ -121,7 +122,7 @@ def test_imagenet_weights_are_torchvisions_up_to_fc7(monkeypatch):
     peer = VGG(make_layers(widths, batch_norm=True), num_classes=10, init_weights=False)
     peer.classifier = nn.Sequential(nn.Linear(64 * 49, 24), nn.Identity(), nn.Identity(), nn.Linear(24, 24))
     shake(peer, torch.randn(4, 3, 224, 224))
-    monkeypatch.setattr("segmentation.backbones.download", lambda weights: peer.state_dict())
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: peer.state_dict())
     model = DeconvNet(5, base_channels=8, fc_channels=24, weights="imagenet").eval()
     x = image = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():

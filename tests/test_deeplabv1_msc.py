@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segmentation.deeplabv1 import DeepLabV1
+from segmentation.architectures.deeplabv1 import DeepLabV1
 
 MAPS = ((3, 8), (64, 4), (128, 2), (256, 1), (512, 1))  # channels of the image and four poolings, strides to 1/8
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
-from segmentation.deeplabv2 import ASPP, DeepLabV2, subsample
+from segmentation.architectures.deeplabv2 import ASPP, DeepLabV2, subsample
 
 
 def count(module: nn.Module) -> int:
@@ -218,7 +219,7 @@ def test_the_smallest_images_have_a_pixel_at_every_scale(size):
 def test_imagenet_keeps_torchvisions_strides_also_in_checkpoints(monkeypatch):
     state = dict(narrow().backbone.state_dict())
     state |= {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
-    monkeypatch.setattr("segmentation.backbones.download", lambda weights: dict(state))
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
     model = DeepLabV2(3, "resnet50", base_channels=4, weights="imagenet")
     first = model.backbone.layer2[0]
     assert first.conv1.stride == (1, 1) and first.conv2.stride == (2, 2)
@@ -232,7 +233,7 @@ def test_imagenet_gives_every_branch_of_vgg16_its_part_of_the_classifier(monkeyp
     fc = {"classifier.0.weight": torch.arange(49.0).view(1, 1, 49).expand(4096, 512, 49).reshape(4096, -1)}
     fc |= {"classifier.0.bias": torch.arange(4096.0), "classifier.3.bias": torch.arange(4096.0)}
     fc["classifier.3.weight"] = torch.arange(4096.0)[:, None] * 4096 + torch.arange(4096.0)
-    monkeypatch.setattr("segmentation.deeplabv2.load_vgg16", lambda stages: fc)
+    monkeypatch.setattr("segmentation.architectures.deeplabv2.load_vgg16", lambda stages: fc)
     model = DeepLabV2(3, "vgg16", weights="imagenet")
     kept = set()
     for fc6, _, _, fc7, *_ in model.classifier.convs:

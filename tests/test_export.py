@@ -15,8 +15,9 @@ from PIL import Image
 from test_contracts import FAMILY, build
 from torch import nn
 
-from segmentation import SegmentationModule, UNet, export
+from segmentation import SegmentationModule, UNet
 from segmentation.cli import main
+from segmentation.commands import export
 
 SIZES = [(1, 32, 32), (3, 33, 95), (1, 130, 64), (2, 61, 257)]
 NAMES = ["fcn8s", "deeplabv1", "deeplabv1 multi-scale", "deeplabv2 vgg", "deeplabv3 paper", "deeplabv3plus",
@@ -100,7 +101,7 @@ def test_the_file_says_what_it_is(arguments, dtype, size, tmp_path, capsys):
     export.export_network(fresh, checkpoint, "onnx", str(tmp_path / "new" / "net.onnx"), size, dtype)
     file = session(tmp_path / "new" / "net.onnx")
     about = {key: json.loads(value) for key, value in file.get_modelmeta().custom_metadata_map.items()}
-    assert about["class_path"] == "segmentation.unet.UNet" and UNet(**about["init_args"]).num_classes
+    assert about["class_path"] == "segmentation.UNet" and UNet(**about["init_args"]).num_classes
     assert about["palette"] == model.palette and about["class_names"] == model.class_names
     assert about["mean"] == pytest.approx(model.mean.flatten().tolist()) and about["dtype"] == dtype
     assert about["in_channels"] == model.in_channels and about["size"] == ([37, 37] if size == 37 else size)

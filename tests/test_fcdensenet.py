@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import shake
 from torch import Tensor, nn
 
-from segmentation.fcdensenet import FCDenseNet, TransitionUp
+from segmentation.architectures.fcdensenet import FCDenseNet, TransitionUp
 
 
 @pytest.mark.parametrize(

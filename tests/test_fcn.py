@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import shake_norms
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models import segmentation as peers
 
-from segmentation.fcn import FCN, Upsampling
+from segmentation.architectures.fcn import FCN, Upsampling
 
 NAMES = {32: "FCN-32s", 16: "FCN-16s", 8: "FCN-8s"}
 
@@ -41,7 +42,9 @@ def test_torchvisions_weights_give_its_logits(backbone, sizes, monkeypatch):
     build = {"resnet50": peers.fcn_resnet50, "resnet101": peers.fcn_resnet101}[backbone]
     peer = shake_norms(build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
     asked = []
-    monkeypatch.setattr("segmentation.fcn.download", lambda weights: asked.append(weights) or peer.state_dict())
+    monkeypatch.setattr(
+        "segmentation.architectures.fcn.download", lambda weights: asked.append(weights) or peer.state_dict()
+    )
     ours = FCN(21, backbone, weights="coco").eval()
     assert len(asked) == 1 and backbone in asked[0].url and "coco" in asked[0].url
     with torch.inference_mode():
@@ -210,7 +213,7 @@ def test_imagenet_makes_fc6_and_fc7_windows_of_the_classifier(monkeypatch):
         layers.append(nn.MaxPool2d(2))
     classifier = nn.Sequential(nn.Linear(32 * 49, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 256), nn.ReLU())
     vgg = nn.ModuleDict({"features": nn.Sequential(*layers), "classifier": classifier}).eval()
-    monkeypatch.setattr("segmentation.backbones.download", lambda weights: vgg.state_dict())
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: vgg.state_dict())
     model = FCN(3, base_channels=4, weights="imagenet").eval()
     model.backbone.conv1[0].padding = (1, 1)
     image = torch.randn(2, 3, 224, 224)

@@ -15,9 +15,10 @@ from conftest import PROJECT, shake, succeed
 from conftest import lightning as run
 from PIL import Image
 
-from segmentation import UNet, large_image
+from segmentation import UNet
+from segmentation.commands import predict_tiff as large_image
+from segmentation.commands.predict_tiff import TiffReader, predict_tiff
 from segmentation.inference import MultiScaleFlip, OverlapTile, SlidingWindow, Whole
-from segmentation.large_image import TiffReader, predict_tiff
 
 HEIGHT, WIDTH = 301, 433
 
@@ -243,7 +244,7 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "volume.tif", np.zeros((2, 30, 40, 3), np.uint8), photometric="rgb")
     Image.fromarray(pixels).quantize(16).save(tmp_path / "palette.tif")
     cases = [
-        (tmp_path / "none.tif", None, FileNotFoundError, "none.tif does not exist"),
+        (tmp_path / "none.tif", None, ValueError, "none.tif does not exist"),
         (tmp_path / "text.tif", None, ValueError, "text.tif cannot be read as a TIFF"),
         (damaged, None, ValueError, "damaged.tif cannot be read .*: replace it"),
         *((tmp_path / f"cut{n}.tif", None, ValueError, "cannot be read .*: replace") for n in (4, 8, 100, 300, 5000)),

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segmentation.architectures.maskformer import MaskFormer, assign, dice_loss, focal_loss, sine_positions
 from segmentation.losses import IGNORE, CrossEntropy
-from segmentation.maskformer import MaskFormer, assign, dice_loss, focal_loss, sine_positions
 
 
 def narrow(classes: int = 3, **arguments: object) -> MaskFormer:
@@ -275,7 +275,7 @@ def costs(monkeypatch) -> list[Tensor]:
         seen.append(cost)
         return assign(cost)
 
-    monkeypatch.setattr("segmentation.maskformer.assign", record)
+    monkeypatch.setattr("segmentation.architectures.maskformer.assign", record)
     return seen
 
 

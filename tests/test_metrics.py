@@ -9,8 +9,8 @@ from skimage.metrics import adapted_rand_error
 from torch.multiprocessing import spawn
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from segmentation.em_metrics import EMErrors, rand_error, simple, warp, warping_error
 from segmentation.metrics import BoundaryIoU, ConfusionMatrix, TrimapIoU, scores
+from segmentation.metrics.membranes import EMErrors, rand_error, simple, warp, warping_error
 
 CLASSES = 4
 ALL_AROUND = np.ones((3, 3), dtype=bool)

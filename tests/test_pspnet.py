@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
-from segmentation.backbones import ResNet
-from segmentation.pspnet import PSPNet, PyramidPooling, RegionMeans
+from segmentation.architectures.backbones.resnet import ResNet
+from segmentation.architectures.pspnet import PSPNet, PyramidPooling, RegionMeans
 
 
 def count(module: nn.Module) -> int:
@@ -185,7 +186,7 @@ def test_imagenet_fits_but_for_the_stem(monkeypatch, capsys, caplog):
     torch.manual_seed(4)
     plain = ResNet(50, base_channels=4)
     state = {**plain.state_dict(), "fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
-    monkeypatch.setattr("segmentation.backbones.download", lambda weights: dict(state))
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
     model = PSPNet(3, "resnet50", base_channels=4, weights="imagenet")
     said = capsys.readouterr().err + caplog.text
     other = [

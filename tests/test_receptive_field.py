@@ -21,11 +21,17 @@ from segmentation import (
     UNet,
     UNet3Plus,
 )
-from segmentation.backbones import ResNet
+from segmentation.architectures.backbones.resnet import ResNet
 from segmentation.base import SegmentationModule
 from segmentation.cli import main
-from segmentation.receptive_field import Field, effective_field, layer_fields, network_fields, ways_to_pixels
-from segmentation.receptive_field_report import live_taps, main_rows, side_above, side_holding
+from segmentation.commands.receptive_field.fields import (
+    Field,
+    effective_field,
+    layer_fields,
+    network_fields,
+    ways_to_pixels,
+)
+from segmentation.commands.receptive_field.report import live_taps, main_rows, side_above, side_holding
 
 VGG16 = [f"{layer}p1" if layer == "conv3" else layer for n in (2, 2, 3, 3, 3) for layer in ["conv3"] * n + ["pool2s2"]]
 

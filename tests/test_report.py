@@ -15,8 +15,8 @@ from segmentation import UNet
 from segmentation.callbacks import BoundaryScores, EMScores, Report
 from segmentation.callbacks.report import NUMBERS, class_table, further_table, kind, number
 from segmentation.callbacks.report_pictures import draw_confusion, draw_iou
-from segmentation.em_metrics import EMErrors
 from segmentation.metrics import BoundaryIoU, TrimapIoU, scores
+from segmentation.metrics.membranes import EMErrors
 
 NAMES = ["a", "b", "c"]
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import shake
 from torch import Tensor, nn
-from torchvision.models import vgg16_bn
+from torchvision.models import WeightsEnum, vgg16_bn
 
-from segmentation.segnet import SegNet, unpool
+from segmentation.architectures.segnet import SegNet, unpool
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_dropout_stands_in_the_deep_stages_alone(variant, expected):
 def test_imagenet_weights_are_torchvisions_encoder(monkeypatch):
     peer = shake(vgg16_bn(weights=None).features, torch.randn(2, 3, 64, 64))
     state = {f"features.{key}": value for key, value in peer.state_dict().items()}
-    monkeypatch.setattr("segmentation.backbones.download", lambda weights: state)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: state)
     model = SegNet(5, weights="imagenet").eval()
     x = image = torch.randn(1, 3, 64, 32)
     with torch.inference_mode():

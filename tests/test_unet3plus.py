@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+from segmentation.architectures.unet3plus import UNet3Plus, focal_loss, guidance_loss, iou_loss, ms_ssim_loss, one_hot
 from segmentation.losses import CrossEntropy
-from segmentation.unet3plus import UNet3Plus, focal_loss, guidance_loss, iou_loss, ms_ssim_loss, one_hot
 
 
 def shake(module: nn.Module) -> nn.Module:

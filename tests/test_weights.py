@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import WeightsEnum
 
 from segmentation import FCN, DeconvNet, DeepLabV1, DeepLabV2, DeepLabV3, DeepLabV3Plus, PSPNet, SegNet, UNet
 from segmentation.weights import Weights, inflate, load_weights, read_weights
@@ -116,7 +117,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path):
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"a checkpoint of segmentation.unet.UNet, but the model is SegNet"):
+    with pytest.raises(ValueError, match=r"a checkpoint of segmentation.UNet, but the model is SegNet"):
         SegNet(3, base_channels=4, weights=str(tmp_path / "x.ckpt"))
 
 
@@ -129,8 +130,8 @@ def test_a_file_without_weights_is_refused(tmp_path):
 def test_what_published_weights_need_survives_a_checkpoint(tmp_path, monkeypatch):
     """The layout comes from the file; a checkpoint builds the same arithmetic without it."""
     file = Weights("somewhere", {}, {"layout": "VainF"})
-    monkeypatch.setattr("segmentation.deeplabv3plus.read_weights", lambda path, network: file)
-    monkeypatch.setattr("segmentation.deeplabv3plus.load_weights", lambda *args, **kwargs: None)
+    monkeypatch.setattr("segmentation.architectures.deeplabv3plus.read_weights", lambda path, network: file)
+    monkeypatch.setattr("segmentation.architectures.deeplabv3plus.load_weights", lambda *args, **kwargs: None)
     model = DeepLabV3Plus(3, "mobilenet_v2", base_channels=4, weights="x.pth")
     assert model.init_args["layout"] == "VainF" and "weights" not in model.init_args
     assert DeepLabV3Plus(**model.init_args).decoder.low_level_first
@@ -165,7 +166,7 @@ def test_imagenet_weights_are_loaded_and_inflated(name, monkeypatch):
     build, peer, first = IMAGENET[name]
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *args, **kwargs: tensor)
     state = peer(weights=None).state_dict()
-    monkeypatch.setattr("segmentation.backbones.download", lambda weights: dict(state))
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))
     model = build(weights="imagenet")
     sums = {float(value.double().sum()) for value in model.state_dict().values()}
     convs = [key for key, value in state.items() if value.dim() == 4 and not key.startswith("classifier")]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base import SegmentationModule
 from ..crf import PRESETS, Backend, need_pydensecrf, refine
+from ..errors import UserError
 from ..metrics import ConfusionMatrix, TrimapIoU, scores
 from ..pictures import changes, index_mask, panel, rgb
 from .report import run_folder
@@ -45,7 +46,7 @@ class DenseCRF(L.Callback):
         num_images: rows of ``crf.png``, spread evenly over the split; 0 draws none.
 
     Raises:
-        ValueError: for an unknown preset or backend, or values that make no energy.
+        UserError: for an unknown preset or backend, or values that make no energy.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class DenseCRF(L.Callback):
         num_images: int = 4,
     ) -> None:
         if preset not in PRESETS or backend not in ("torch", "pydensecrf"):
-            raise ValueError(f"DenseCRF: preset is one of {', '.join(PRESETS)}, backend torch or pydensecrf")
+            raise UserError(f"DenseCRF: preset is one of {', '.join(PRESETS)}, backend torch or pydensecrf")
         given: dict[str, Any] = {"w1": w1, "sigma_alpha": sigma_alpha, "sigma_beta": sigma_beta}
         given |= {"w2": w2, "sigma_gamma": sigma_gamma, "iterations": iterations}
         self.crf = replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
@@ -76,7 +77,7 @@ class DenseCRF(L.Callback):
         """Look for pydensecrf before the network starts.
 
         Raises:
-            ImportError: if it is wanted and not installed.
+            UserError: if it is wanted and not installed.
         """
         if self.backend == "pydensecrf" and stage != "fit":
             need_pydensecrf()
@@ -108,15 +109,15 @@ class DenseCRF(L.Callback):
         done: Future[Tensor] = Future()
         try:
             done.set_result(refine(probs, raw, self.crf, self.backend, self.bound))
-        except ValueError as error:
+        except UserError as error:
             done.set_exception(error)
         return done
 
     def _result(self, future: Future[Tensor], name: str) -> Tensor:
         try:
             return future.result()[0]
-        except ValueError as error:
-            raise ValueError(f"DenseCRF, image {name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"DenseCRF, image {name}: {error}") from error
 
     def _stop(self) -> None:
         if self.pool is not None:

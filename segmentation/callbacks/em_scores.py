@@ -5,8 +5,9 @@ from typing import Any
 
 import lightning as L
 
-from ..em_metrics import ERRORS, EMErrors
+from ..errors import UserError
 from ..losses import IGNORE
+from ..metrics.membranes import ERRORS, EMErrors
 
 
 class EMScores(L.Callback):
@@ -20,7 +21,7 @@ class EMScores(L.Callback):
         thresholds: a pixel is cell where its membrane probability is below.
 
     Raises:
-        ValueError: if `membrane` is neither 0 nor 1; in a run, if the model has more than two classes, or if pixels of
+        UserError: if `membrane` is neither 0 nor 1; in a run, if the model has more than two classes, or if pixels of
             a mask are ignored.
     """
 
@@ -30,13 +31,13 @@ class EMScores(L.Callback):
         thresholds: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     ) -> None:
         if membrane not in (0, 1):
-            raise ValueError(f"EMScores.membrane is a label of two, 0 or 1, got {membrane}")
+            raise UserError(f"EMScores.membrane is a label of two, 0 or 1, got {membrane}")
         self.membrane, self.errors = membrane, EMErrors(thresholds)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin anew."""
         if pl_module.num_classes > 2:
-            raise ValueError(
+            raise UserError(
                 f"EMScores is for membrane and cell, but the model has {pl_module.num_classes} classes: take it out of "
                 "trainer.callbacks"
             )
@@ -49,7 +50,7 @@ class EMScores(L.Callback):
         if trainer.state.fn == "fit":
             return
         if (batch["mask"] == IGNORE).any():
-            raise ValueError(
+            raise UserError(
                 f"EMScores needs a label for every pixel, but masks of {', '.join(batch['name'])} ignore some: take it "
                 "out of trainer.callbacks"
             )

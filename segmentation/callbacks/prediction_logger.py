@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..base import SegmentationModule
+from ..errors import UserError
 from ..pictures import error_map, index_mask, panel, rgb
 from .report import run_folder
 
@@ -23,12 +24,12 @@ class PredictionLogger(L.Callback):
         every_n_epochs: in `fit`, draw at validations of every n-th training epoch.
 
     Raises:
-        ValueError: if a number is below 1.
+        UserError: if a number is below 1.
     """
 
     def __init__(self, num_images: int = 4, every_n_epochs: int = 1) -> None:
         if num_images < 1 or every_n_epochs < 1:
-            raise ValueError(f"num_images and every_n_epochs must be 1 or more, got {num_images}, {every_n_epochs}")
+            raise UserError(f"num_images and every_n_epochs must be 1 or more, got {num_images}, {every_n_epochs}")
         self.num_images, self.every_n_epochs = num_images, every_n_epochs
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.names: list[str] = []

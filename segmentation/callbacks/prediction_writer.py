@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from ..errors import UserError
 from ..pictures import index_mask, overlay, rgb
 
 
@@ -24,7 +25,7 @@ class PredictionWriter(BasePredictionWriter):
         opacity: of the colours in overlays, 0 to 1.
 
     Raises:
-        ValueError: at the start, if a file to be written exists and `overwrite` is false.
+        UserError: at the start, if a file to be written exists and `overwrite` is false.
     """
 
     def __init__(self, output_dir: str = "predictions", overwrite: bool = False, opacity: float = 0.5) -> None:
@@ -42,7 +43,7 @@ class PredictionWriter(BasePredictionWriter):
         names = [sample.name for sample in loader.dataset.samples]
         existing = [file for file in (listing, *(f for name in names for f in self.files(name))) if file.exists()]
         if existing and not self.overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{existing[0]} exists already: give another --writer.output_dir, or --writer.overwrite true"
             )
         trainer.strategy.barrier("every process has looked")

@@ -1,0 +1,1 @@
+"""The networks, one LightningModule and one file per paper."""

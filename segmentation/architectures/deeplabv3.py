@@ -1,0 +1,218 @@
+"""DeepLab v3: parallel atrous convolutions of several rates and the image's mean, side by side.
+
+L.-C. Chen, G. Papandreou, F. Schroff, H. Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017,
+arXiv 1706.05587.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import segmentation as published
+
+from ..base import Batch, SegmentationModule
+from ..errors import UserError
+from ..weights import Weights, download, load_weights, read_weights
+from .backbones.mobilenet import MobileNetV3Large
+from .backbones.resnet import Bottleneck, ResNet
+
+
+def conv_bn_relu(in_channels: int, channels: int, kernel_size: int = 1, dilation: int = 1) -> list[nn.Module]:
+    """Convolution without bias that keeps the size, batch norm, ReLU."""
+    padding = dilation * (kernel_size // 2)
+    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, dilation=dilation, bias=False)
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+
+
+class ImagePooling(nn.Sequential):
+    """Image-level feature: the mean over all positions through a 1x1 convolution, spread over the map again."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, channels))
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(features).expand(-1, -1, *features.shape[-2:])
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (section 3.3): one feature map seen through several fields of view.
+
+    Args:
+        in_channels: channels of the backbone's last stage, 2048 for a ResNet.
+        atrous_rates: dilations of the 3x3 branches in feature-map pixels: (6, 12, 18) at output stride 16, twice that
+            at 8. On a 33x33 map (513 px at stride 16) rate 36 sees only its centre tap.
+        channels: of every branch and of the result.
+        dropout: after the fusion.
+
+    Shape:
+        ``(N, in_channels, h, w)`` -> ``(N, channels, h, w)``.
+
+    Raises:
+        UserError: if a rate is below 1.
+    """
+
+    def __init__(
+        self, in_channels: int, atrous_rates: Sequence[int], channels: int = 256, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        if not atrous_rates or min(atrous_rates) < 1:
+            raise UserError(f"atrous_rates must be positive, got {atrous_rates}")
+        branches = [nn.Sequential(*conv_bn_relu(in_channels, channels))]
+        branches += [nn.Sequential(*conv_bn_relu(in_channels, channels, 3, rate)) for rate in atrous_rates]
+        self.convs = nn.ModuleList([*branches, ImagePooling(in_channels, channels)])
+        self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * channels, channels), nn.Dropout(dropout))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.project(torch.cat([branch(features) for branch in self.convs], dim=1))
+
+
+class CascadedModules(nn.Sequential):
+    """block5, block6 and block7: copies of the ResNet's last block, deeper with atrous convolution (section 3.2).
+
+    Args:
+        channels: of the features, 2048 for a ResNet.
+        rate: dilation of the ResNet's last block, 2 at output stride 16; it doubles with each further block, as each
+            would have halved the resolution (Figure 3b).
+        multi_grid: factors on the rate of the three convolutions of each block (section 3.2.1).
+
+    Shape:
+        ``(N, channels, h, w)`` -> the same.
+    """
+
+    def __init__(self, channels: int, rate: int, multi_grid: Sequence[int]) -> None:
+        blocks = []
+        for block_rate in (2 * rate, 4 * rate, 8 * rate):
+            units = [Bottleneck(channels, channels // 4, dilation=block_rate * factor) for factor in multi_grid]
+            blocks.append(nn.Sequential(*units))
+        super().__init__(*blocks)
+
+
+class DeepLabV3(SegmentationModule):
+    """ResNet or MobileNetV3 with ASPP, in torchvision's layout, or the paper's with ASPP or cascaded modules.
+
+    Args:
+        num_classes: output channels.
+        backbone: ``resnet50``, ``resnet101`` or ``mobilenet_v3_large``.
+        layout: ``torchvision``, with its key names; or ``paper``: multi-grid, every 3x3 of a dilated stage dilated
+            alike, and a 1x1 classifier right after ASPP (ResNets only).
+        cascade: three further blocks in a row instead of ASPP (section 3.2), in the paper's layout.
+        output_stride: input pixels per feature: 8 or 16 for a ResNet, 16 for MobileNetV3. None takes torchvision's 8,
+            or the 16 that the paper trains with; an evaluation at 8 is the same weights under ``output_stride: 8``.
+        atrous_rates: of ASPP; None takes (12, 24, 36), and (6, 12, 18) for a ResNet at output stride 16.
+        multi_grid: factors on the dilations of the last block; None takes none for torchvision, (1, 2, 4) for ASPP and
+            (1, 2, 1) for the cascade, which were best in Tables 3 and 5.
+        aux_loss_weight: weight of a second head's loss, on ``layer3`` or at stride 8 of MobileNetV3; 0 builds none.
+        base_channels: width of the ResNet's first stage, 64 in the paper; all others, and the head's, scale with it.
+        weights: ``imagenet`` (backbone), ``coco`` (torchvision's network, 21 VOC classes), a path, or None.
+        **kwargs: see `SegmentationModule`.
+
+    Shape:
+        image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
+
+    Differs from the paper: batch norm's statistics decay by 0.9 a step instead of 0.9997; block5 to block7 start from
+    random weights. The second stage of training, with frozen batch norm at output stride 8, is a second run with
+    ``weights`` and ``freeze_bn``. Torchvision's layout also has no multi-grid, a further 3x3 convolution after ASPP,
+    Dropout, an auxiliary head, and for MobileNetV3 the rates of stride 8 at stride 16.
+
+    Raises:
+        UserError: for an unknown backbone or layout, an output stride that the backbone does not have, or the paper's
+            layout or cascade where there is none.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: Literal["resnet50", "resnet101", "mobilenet_v3_large"] = "resnet50",
+        layout: Literal["torchvision", "paper"] = "torchvision",
+        cascade: bool = False,
+        output_stride: int | None = None,
+        atrous_rates: Sequence[int] | None = None,
+        multi_grid: Sequence[int] | None = None,
+        aux_loss_weight: float = 0.0,
+        base_channels: int = 64,
+        weights: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, **kwargs)
+        strides = {"resnet50": (8, 16), "resnet101": (8, 16), "mobilenet_v3_large": (16,)}
+        if backbone not in strides or layout not in ("torchvision", "paper"):
+            raise UserError(
+                f"backbone is one of {', '.join(strides)}, layout torchvision or paper; got {backbone}, {layout}"
+            )
+        paper, mobile = layout == "paper", backbone == "mobilenet_v3_large"
+        if (paper and mobile) or (cascade and not paper):
+            raise UserError("layout: paper needs a ResNet, and cascade: true needs layout: paper")
+        output_stride = output_stride or (16 if paper or mobile else 8)
+        if output_stride not in strides[backbone]:
+            raise UserError(f"{backbone} has output_stride {strides[backbone]}, got {output_stride}")
+        if multi_grid is None:
+            multi_grid = (1, 2, 1) if cascade else (1, 2, 4) if paper else (1, 1, 1)
+        self.backbone: nn.Module
+        if mobile:
+            self.backbone = MobileNetV3Large(self.in_channels)
+            self.last, self.aux_from, rates = "stride16", "stride8", (12, 24, 36)
+        else:
+            self.backbone = ResNet(
+                int(backbone.removeprefix("resnet")),
+                self.in_channels,
+                base_channels,
+                output_stride,
+                multi_grid,
+                dilate_first_block=paper,
+            )
+            self.last, self.aux_from = "layer4", "layer3"
+            rates = (12, 24, 36) if output_stride == 8 else (6, 12, 18)
+        channels, middle = self.backbone.channels[self.last], 4 * base_channels  # type: ignore[index]
+        head: list[nn.Module]
+        if cascade:
+            head = [CascadedModules(channels, 32 // output_stride, multi_grid)]
+            middle = channels
+        else:
+            head = [ASPP(channels, atrous_rates or rates, middle, dropout=0.0 if paper else 0.5)]
+        if not paper:
+            head += conv_bn_relu(middle, middle, 3)
+        self.classifier = nn.Sequential(*head, nn.Conv2d(middle, num_classes, 1))
+        self.aux_loss_weight = aux_loss_weight
+        self.aux_classifier = None
+        if aux_loss_weight:
+            aux_channels = self.backbone.channels[self.aux_from]  # type: ignore[index]
+            layers = conv_bn_relu(aux_channels, aux_channels // 4, 3)
+            self.aux_classifier = nn.Sequential(*layers, nn.Dropout(0.1), nn.Conv2d(aux_channels // 4, num_classes, 1))
+        if weights == "imagenet":
+            self.backbone.load_imagenet()  # type: ignore[operator]
+        elif weights is not None:
+            file = coco_weights(backbone) if weights == "coco" else read_weights(weights, "DeepLabV3")
+            last = f"classifier.{len(self.classifier) - 1}."
+            load_weights(
+                self, file.state, file.source, heads=(last, "aux_classifier.4."), optional=("aux_classifier.",)
+            )
+
+    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
+        """Score maps at the output stride: ``main``, and ``aux`` in training."""
+        features = self.backbone(image)
+        maps = {"main": self.classifier(features[self.last])}  # (N, K, H/8, W/8)
+        if self.aux_classifier is not None and self.training:
+            maps["aux"] = self.aux_classifier(features[self.aux_from])
+        return maps
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy at full resolution, which the paper found better than shrinking labels (section 4.1)."""
+        terms = super().losses(batch)
+        if "aux" in terms:
+            terms["aux"] = self.aux_loss_weight * terms["aux"]
+        return terms
+
+    def heads(self) -> list[nn.Module]:
+        """Everything but the backbone."""
+        return [self.classifier, *([] if self.aux_classifier is None else [self.aux_classifier])]
+
+
+def coco_weights(backbone: str) -> Weights:
+    """Torchvision's published DeepLabV3 weights, trained on COCO's pictures of the 20 VOC classes."""
+    weights = {
+        "resnet50": published.DeepLabV3_ResNet50_Weights,
+        "resnet101": published.DeepLabV3_ResNet101_Weights,
+        "mobilenet_v3_large": published.DeepLabV3_MobileNet_V3_Large_Weights,
+    }[backbone]
+    return Weights("COCO", download(weights.COCO_WITH_VOC_LABELS_V1))

@@ -1,0 +1,240 @@
+"""ONNX and torch.export: the command ``lightning export``.
+
+The exported graph takes pixels as they are stored and gives probabilities, so that whoever runs it needs neither mean
+and std nor this package; what the classes are called and how they are drawn stands in the file's metadata.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..base import SegmentationModule
+from ..errors import UserError
+
+LEAST = 32  # pixels: the shortest side of an image that a graph for any size takes
+TOLERANCE = 1e-4  # of probabilities
+IMAGES = 5  # per shape, that a network that unpools is tried on; see `compare`
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+
+
+class Predictor(nn.Module):
+    """Preprocessing, network and softmax in one.
+
+    Shape:
+        image ``(N, C, H, W)`` as stored -> probs ``(N, num_classes, H, W)`` float32.
+    """
+
+    def __init__(self, network: SegmentationModule) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.probabilities(self.network(self.network.preprocess(image)))
+
+
+def export_network(
+    network: SegmentationModule,
+    checkpoint: str,
+    format: str,
+    output: str | None,
+    size: int | Sequence[int] | None,
+    dtype: str,
+) -> None:
+    """Write a trained network to a file, read the file back, compare it with PyTorch, and print what it is.
+
+    Args:
+        network: as the checkpoint's.
+        checkpoint: its weights, class names and palette.
+        format: ``onnx`` or ``torch_export``.
+        output: file; None puts it beside the checkpoint.
+        size: the only size of image that the graph takes, a side or height and width; None is any size.
+        dtype: of the stored pixels: ``uint8``, ``uint16`` or ``float32``.
+
+    Raises:
+        UserError: if the format is unknown, a package is missing, the size is not one or two sides, the checkpoint has
+            no weights, or the file does not give PyTorch's probabilities.
+    """
+    if format not in SUFFIXES:
+        raise UserError(f"--format is {' or '.join(SUFFIXES)}, got {format}")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"an export to ONNX needs {' and '.join(missing)}: pip install 'lightning-segmentation[export]', or "
+            "pip install onnx onnxscript onnxruntime"
+        )
+    sides = [size, size] if isinstance(size, int) else list(size or ())
+    if len(sides) not in (0, 2) or min(sides, default=1) < 1:
+        raise UserError(f"--size is one side, or height and width as [360, 480], got {size}")
+    trained = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "state_dict" not in trained:
+        raise UserError(f"{checkpoint} holds no state_dict: give a checkpoint that `lightning fit` wrote")
+    network.on_load_checkpoint(trained)
+    network.load_state_dict(trained["state_dict"])
+    network.channels_last = False  # else the order of the memory would depend on the size
+    predictor = Predictor(network.cpu().eval())
+
+    path = Path(output) if output else Path(checkpoint).with_suffix(SUFFIXES[format])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with silence():
+        program = capture(predictor, pixels(network, dtype, [2, *(sides or (250, 267))]), fixed=bool(sides))
+        write, read = (write_onnx, read_onnx) if format == "onnx" else (write_torch, read_torch)
+        kind = write(program, metadata(network, sides, dtype), path)
+        try:
+            shapes, exported = tried(sides), read(path)
+            unpools = any(n.target is torch.ops.aten.max_pool2d_with_indices.default for n in program.graph.nodes)
+            images = IMAGES if unpools else 1
+            difference = max(compare(predictor, exported, dtype, shape, images) for shape in shapes)
+        except BaseException:
+            path.unlink()
+            raise
+    if difference > TOLERANCE:
+        path.unlink()
+        raise UserError(
+            f"the probabilities of {path} differ from PyTorch's by {difference:.1e}, more than {TOLERANCE:g}: it was "
+            "removed; try the other --format"
+        )
+    spatial = "{} x {}".format(*sides) if sides else f"height, width, of {LEAST} or more"
+    print(f"file         {path}")
+    print(f"size         {path.stat().st_size / 1e6:.1f} MB")
+    print(f"input        image {dtype} (batch, {network.in_channels}, {spatial}), pixels as they are stored")
+    print(f"output       probs float32 (batch, {network.num_classes}, as high and wide)")
+    print(f"format       {kind}")
+    print(f"tried        {', '.join(' x '.join(map(str, shape)) for shape in shapes)} (batch x height x width)")
+    print(f"difference   {difference:.1e} at most, from PyTorch's probabilities")
+    if unpools:
+        print("             more around pixels where rounding decides which of two values is a pooling's maximum")
+
+
+def metadata(network: SegmentationModule, sides: Sequence[int], dtype: str) -> dict[str, str]:
+    """What stands in the file beside the graph, each value as JSON; ``size`` is null where the graph takes any."""
+    values = {
+        "class_path": network.class_path,
+        "init_args": network.init_args,
+        "class_names": network.class_names,
+        "palette": network.palette,
+        "mean": network.mean.flatten().tolist(),
+        "std": network.std.flatten().tolist(),
+        "in_channels": network.in_channels,
+        "dtype": dtype,
+        "size": list(sides) or None,
+    }
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def capture(predictor: Predictor, image: Tensor, fixed: bool) -> ExportedProgram:
+    """The graph of a predictor, for any batch, and for any size of image unless that is fixed.
+
+    Args:
+        predictor: in evaluation.
+        image: an example.
+        fixed: whether the graph is for the example's height and width alone.
+    """
+    dims = {0: Dim("batch")} if fixed else {0: Dim("batch"), 2: Dim("height", min=LEAST), 3: Dim("width", min=LEAST)}
+    # As torch.onnx.export does it: a batch of 1, or a map of 1 pixel, is not another graph.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(
+            predictor,
+            (image,),
+            dynamic_shapes={"image": dims},
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    # What is asserted of sizes is about views and copies, which give the same numbers; `compare` tells.
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def write_onnx(program: ExportedProgram, about: dict[str, str], path: Path) -> str:
+    """Write an ONNX file, and say which opset it needs."""
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=["image"], output_names=["probs"], verbose=False, external_data=False
+    )
+    assert exported is not None  # as always without a path
+    exported.model.metadata_props.update(about)
+    exported.save(path)
+    return f"ONNX, opset {exported.model.opset_imports['']}"
+
+
+def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    """Read an ONNX file as a function of pixels."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(session.run(["probs"], {"image": image.numpy()})[0])
+
+
+def write_torch(program: ExportedProgram, about: dict[str, str], path: Path) -> str:
+    """Write a torch.export file, with the metadata as its extra files, and say which version it is of."""
+    torch.export.save(program, path, extra_files=about)
+    return f"torch.export of torch {torch.__version__}"
+
+
+def read_torch(path: Path) -> Callable[[Tensor], Tensor]:
+    """Read a torch.export file as a function of pixels."""
+    return torch.export.load(path).module()
+
+
+def tried(sides: Sequence[int]) -> list[list[int]]:
+    """The (batch, height, width) that a file is tried on: the smallest, and others by chance, of odd sides too."""
+    rng = np.random.default_rng(0)
+    if sides:
+        return [[batch, *sides] for batch in (1, 3)]
+    return [[1, LEAST, LEAST]] + [[batch, *rng.integers(LEAST, 192, 2).tolist()] for batch in (1, 3, 2, 1)]
+
+
+def pixels(network: SegmentationModule, dtype: str, shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Noise of a stored type: shape (batch, height, width) -> ``(batch, in_channels, height, width)``."""
+    batch, height, width = shape
+    noise = np.random.default_rng(seed).random((batch, network.in_channels, height, width), dtype=np.float32)
+    full = 1 if dtype == "float32" else np.iinfo(dtype).max
+    return torch.from_numpy((noise * full).astype(dtype))
+
+
+def compare(
+    predictor: Predictor, exported: Callable[[Tensor], Tensor], dtype: str, shape: Sequence[int], images: int
+) -> float:
+    """The largest difference of two functions' probabilities on an image of a shape; inf for nan.
+
+    Args:
+        predictor: one function.
+        exported: the other.
+        dtype: of the pixels.
+        shape: of the image: batch, height, width.
+        images: how many are looked at until one is the same. Where two maxima of a pooling are equal but for rounding,
+            a network that unpools (SegNet, DeconvNet) may put the value in another place; a wrong graph is wrong on
+            all images.
+    """
+    differences = []
+    for seed in range(images):
+        image = pixels(predictor.network, dtype, shape, seed)
+        with torch.inference_mode():
+            difference = (exported(image) - predictor(image)).abs().max()
+        differences.append(float(difference.nan_to_num(float("inf"))))
+        if differences[-1] <= TOLERANCE:
+            break
+    return min(differences)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep what the exporters say about themselves off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

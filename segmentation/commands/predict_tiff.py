@@ -1,0 +1,258 @@
+"""Prediction from file to file, for a TIFF that does not fit in memory: the command ``lightning predict_tiff``.
+
+Pixels are read one row of windows at a time, and labels are written tile by tile as they are finished. Beside the
+network at work on a window, memory takes for an image W pixels wide
+
+    W x crop x bands x bytes of a value                    the pixels of a row of windows
+    W x crop x overlap x num_classes x 4 bytes             logits of that row which the next one adds to
+    W x (crop + 256)                                       labels on their way into the file
+
+With 20,000 pixels, 21 classes and windows of 512 that overlap by a third this is 0.33 GB, however high the image is.
+The time grows with its area.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..base import SegmentationModule
+from ..errors import UserError
+from ..inference import OverlapTile, SlidingWindow, Tiled, Whole
+from ..pictures import palette_bytes
+
+CROP = 512  # of the windows, where the model does not say
+TILE = 256  # side of the tiles that are written
+LARGEST = 2**29  # bytes of a strip or tile, which can only be decompressed whole
+RGB = {"MINISBLACK": (0, 0, 0), "RGB": (0, 1, 2), "YCBCR": (0, 1, 2)}  # which bands are red, green and blue
+GEOTIFF = (33550, 33922, 34264, 34735, 34736, 34737)  # pixel scale, tie points, transformation; keys and their values
+
+
+@torch.inference_mode()
+def predict_tiff(
+    model: SegmentationModule, image: Path, output: Path, bands: Sequence[int] | None = None, overwrite: bool = False
+) -> None:
+    """Write the labels of a TIFF of any size as a palette TIFF of 8 bits, tiled and compressed.
+
+    The colours are the model's palette, and the description names its classes. Tags that place the image on a map are
+    carried over. The file is complete, or not there.
+
+    Args:
+        model: on the device where it shall run. Its `inference` says how windows are laid; without one they are
+            `SlidingWindow` of 512 pixels, or U-Net's tiles for the valid U-Net.
+        image: the TIFF to read.
+        output: the TIFF to write.
+        bands: see `TiffReader`.
+        overwrite: replace a file of an earlier run.
+
+    Raises:
+        UserError: if `output` exists and `overwrite` is false, or is the image; if `inference` needs the image whole;
+            see also `TiffReader`.
+        UserError: if the image does not exist.
+    """
+    tiff = TiffReader(image, bands)
+    if len(tiff.bands) != model.in_channels:
+        raise UserError(
+            f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
+        )
+    if output.exists() and (not overwrite or output.samefile(image)):
+        raise UserError(f"{output} exists already: give another --output, or --overwrite true for an earlier result")
+    inference = model.inference
+    if isinstance(inference, Whole):
+        inference = OverlapTile() if model.border else SlidingWindow(CROP)
+    if not isinstance(inference, Tiled):
+        raise UserError(
+            f"{type(inference).__name__} needs the whole image in memory: set model.inference to SlidingWindow"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f"{output.name}.part")
+    colours = np.frombuffer(palette_bytes(model.palette), np.uint8).reshape(256, 3)
+    columns = TextColumn("{task.completed:,.1f} of {task.total:,.1f} Mpx"), TimeRemainingColumn()
+    with tiff, Progress(BarColumn(), *columns) as progress:
+        try:
+            tifffile.imwrite(
+                part,
+                tiles(label_rows(model.eval(), inference, tiff, progress), tiff.height, tiff.width),
+                shape=(tiff.height, tiff.width),
+                dtype=np.uint8,
+                bigtiff=tiff.height * tiff.width > 2**32 - 2**25,  # as if nothing could be compressed
+                tile=(TILE, TILE),
+                compression="zlib",
+                maxworkers=1,  # no tiles are asked for ahead
+                photometric="palette",
+                colormap=colours.T.astype(np.uint16) * 257,  # 255 becomes 65535
+                description=json.dumps({"class_names": model.class_names}),
+                metadata=None,
+                extratags=tiff.place,
+            )
+            part.replace(output)
+        finally:
+            part.unlink(missing_ok=True)
+    print(f"labels       {output}")
+
+
+def label_rows(
+    model: SegmentationModule, inference: Tiled, tiff: "TiffReader", progress: Progress
+) -> Iterator[np.ndarray]:
+    """Labels ``(h, W)`` of one row of blocks after the other, with a bar of the area done."""
+    task = progress.add_task("", total=tiff.height * tiff.width / 1e6)
+
+    def read(*window: int) -> Tensor:
+        return model.preprocess(tiff.read(*window))
+
+    for _, left, logits in inference.blocks(model, read, tiff.height, tiff.width):
+        height, width = logits.shape[-2:]
+        if left == 0:
+            labels = np.empty((height, tiff.width), np.uint8)
+        labels[:, left : left + width] = model.labels(model.probabilities(logits))[0].cpu().numpy()
+        progress.advance(task, height * width / 1e6)
+        if left + width == tiff.width:
+            yield labels
+
+
+def tiles(rows: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Cut rows of labels ``(h, W)`` of any heights into tiles ``(TILE, TILE)``, with zeros outside the image."""
+    waiting = np.empty((0, width), np.uint8)
+    for labels in itertools.chain(rows, [np.zeros((-height % TILE, width), np.uint8)]):
+        waiting = np.concatenate([waiting, labels])
+        done = len(waiting) // TILE * TILE
+        whole = np.pad(waiting[:done], ((0, 0), (0, -width % TILE)))
+        waiting = waiting[done:]
+        for top, left in itertools.product(range(0, done, TILE), range(0, width, TILE)):
+            yield np.ascontiguousarray(whole[top : top + TILE, left : left + TILE])
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Turn what tifffile raises into one sentence that names the file."""
+    try:
+        yield
+    except Exception as error:  # a damaged file breaks it in many ways, and every compression has errors of its own
+        reason = " ".join(str(error).split())
+        cure = "install it, or convert the file to deflate" if "imagecodecs" in reason else "replace it"
+        raise UserError(f"{path} cannot be read as a TIFF ({reason}): {cure}") from error
+
+
+class TiffReader:
+    """Windows of a TIFF of any size. Only the rows of the latest one are in memory.
+
+    The file may be in tiles or strips; its bands may be interleaved, planes, or pages. tifffile reads what is not
+    compressed or by deflate, and for LZW, JPEG and others needs the package imagecodecs.
+
+    Args:
+        path: the file.
+        bands: which bands to read as stored, counted from 0. None reads RGB of 8 bits, as training does: grey is taken
+            three times, alpha is left out, and 16 bits lose the lower 8.
+
+    Raises:
+        UserError: if the file is no TIFF, lacks a band, is no RGB while no bands are named, or is compressed in one
+            piece; the message names it.
+        UserError: if it does not exist.
+    """
+
+    def __init__(self, path: Path, bands: Sequence[int] | None = None) -> None:
+        if not path.is_file():
+            raise UserError(f"the image {path} does not exist")
+        self.path = path
+        with decoding(path):
+            self.file = tifffile.TiffFile(path)
+            self.series: Any = self.file.series[0]
+            self.page: Any = self.series.keyframe
+        self.height, self.width = int(self.page.imagelength), int(self.page.imagewidth)
+        tags = (self.page.tags.get(code) for code in GEOTIFF)
+        self.place = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags if tag is not None]
+        if len(self.series.shape) > 3:
+            raise UserError(f"{path} holds {self.series.shape} values: two sides and one axis of bands are needed")
+        count = int(np.prod(self.series.shape)) // (self.height * self.width)
+        dtype, colours = np.dtype(self.page.dtype), tifffile.PHOTOMETRIC(self.page.photometric).name
+        self.as_stored = bands is not None
+        if bands is None:
+            bands = RGB.get(colours, ())
+            if not bands or count - len(set(bands)) not in (0, 1) or dtype not in (np.uint8, np.uint16):
+                raise UserError(
+                    f"{path} has {count} bands of {dtype} ({colours}), which are no RGB of 8 or 16 bits: name those "
+                    "that the model was trained on, as in --bands '[0]'"
+                )
+        elif not bands or min(bands) < 0 or max(bands) >= count:
+            raise UserError(f"{path} has {count} bands, counted from 0, and --bands asks for {list(bands)}")
+        self.bands = list(bands)
+        self.contiguous = self.series.dataoffset is not None and dtype.kind != "b"
+        if not self.contiguous and np.prod(self._piece) * self.page.samplesperpixel * dtype.itemsize > LARGEST:
+            raise UserError(
+                f"{path} is compressed in pieces of {self._piece[0]} x {self._piece[1]} pixels, too large to read in "
+                "part: convert it to tiles, as `gdal_translate -co TILED=YES` does"
+            )
+        self.held, self.pixels = (0, 0), np.empty(0)
+
+    def __enter__(self) -> "TiffReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """Pixels ``(1, C, h, w)`` of a window, as the file stores them or in 8 bits."""
+        if self.held != (top, bottom):
+            self.held, self.pixels = (top, bottom), self._rows(top, bottom)
+        return torch.from_numpy(self.pixels[None, :, :, left:right])
+
+    @property
+    def _piece(self) -> tuple[int, int]:
+        """Height and width of a tile or strip."""
+        if self.page.is_tiled:
+            return self.page.tilelength, self.page.tilewidth
+        return min(self.page.rowsperstrip, self.height), self.width
+
+    def _rows(self, top: int, bottom: int) -> np.ndarray:
+        rows = self._mapped(top, bottom) if self.contiguous else self._decoded(top, bottom)
+        if not self.as_stored:
+            return rows if rows.dtype == np.uint8 else (rows >> 8).astype(np.uint8)
+        if rows.dtype.kind == "f":
+            return rows.astype(np.float32)
+        if rows.dtype.kind == "b":
+            return rows.astype(np.uint8)
+        return rows if rows.dtype.name in ("uint8", "uint16", "int16", "int32") else rows.astype(np.int32)
+
+    def _mapped(self, top: int, bottom: int) -> np.ndarray:
+        """Rows of an uncompressed file. It is mapped anew each time, so that pages once read do not stay in memory."""
+        dtype = self.page.dtype.newbyteorder(self.file.byteorder)
+        with decoding(self.path):
+            stored = np.memmap(self.path, dtype, "r", self.series.dataoffset, self.series.shape)
+        y, x = (self.series.axes.index(axis) for axis in "YX")
+        rows = np.moveaxis(stored, (y, x), (-2, -1)).reshape(-1, self.height, self.width)[:, top:bottom]
+        return np.stack([rows[band] for band in self.bands]).astype(self.page.dtype, copy=False)
+
+    def _decoded(self, top: int, bottom: int) -> np.ndarray:
+        """Rows of a compressed file, from the tiles or strips that hold them."""
+        rows = np.empty((len(self.bands), bottom - top, self.width), self.page.dtype)
+        pages = len(self.series.pages) > 1
+        planes = not pages and self.page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+        h, w = self._piece
+        down, across = -(-self.height // h), -(-self.width // w)
+        for row, column in itertools.product(range(top // h, -(-bottom // h)), range(across)):
+            first, last, left = max(top, row * h), min(bottom, row * h + h), column * w
+            pieces: dict[tuple[int, int], np.ndarray] = {}
+            for i, band in enumerate(self.bands):
+                page, plane, sample = (band, 0, 0) if pages else (0, band, 0) if planes else (0, 0, band)
+                if (page, plane) not in pieces:
+                    pieces[page, plane] = self._decode(page, (plane * down + row) * across + column)
+                piece = pieces[page, plane][first - row * h : last - row * h, : self.width - left, sample]
+                rows[i, first - top : last - top, left : left + w] = piece
+        return rows
+
+    def _decode(self, page: int, index: int) -> np.ndarray:
+        """A tile or strip, ``(h, w, samples)``."""
+        with decoding(self.path):
+            stored = self.series.pages[page]
+            self.file.filehandle.seek(stored.dataoffsets[index])
+            data = self.file.filehandle.read(stored.databytecounts[index])
+            piece = self.page.decode(data or None, index, jpegtables=self.page.jpegtables)[0]
+        return np.zeros((*self._piece, self.page.samplesperpixel), self.page.dtype) if piece is None else piece[0]
