@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import datamodules  # noqa: F401  its classes are the short names after --data
 import segmentation
 from datamodules import SegmentationDataModule
-from segmentation.metrics import scores
+from segmentation.metrics import confusion_metrics
 from segmentation.pictures import index_mask, rgb
 
 
@@ -233,7 +233,7 @@ def write(folder: Path) -> None:
     settings, names, results = saved["settings"], saved["class_names"], saved["results"]
     for result in results.values():
         near, inside = torch.tensor(result["near"]), torch.tensor(result["inside"])  # (K, K), truth x prediction
-        result["mious"] = [float(scores(matrix, names)["miou"]) for matrix in (near, inside, near + inside)]
+        result["mious"] = [float(confusion_metrics(matrix, names)["miou"]) for matrix in (near, inside, near + inside)]
         result["called"] = 100 * (near + inside) / (near + inside).sum(dim=1, keepdim=True)
     results = dict(sorted(results.items(), key=lambda item: -item[1]["mious"][2]))
     pairs = [(names.index(truth), names.index(other)) for truth, other in PAIRS if {truth, other} <= set(names)]

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from .errors import UserError
 from .files import Sample
-from .transforms import IGNORE, Weight
+from .transforms import IGNORE, PixelWeight
 
 Weigh = Callable[[Tensor, Tensor | None], Tensor]  # labels and instances (H, W) to weights (H, W)
 
@@ -65,7 +65,7 @@ class SegmentationDataset(Dataset):
     Args:
         samples: what to read.
         labels: label of each stored mask value, -1 where it has none; see `SegmentationDataModule.label_table`.
-        transform: joint transform of a ``tv_tensors.Image``, a ``tv_tensors.Mask`` and, with `weigh`, a `Weight`.
+        transform: joint transform of a ``tv_tensors.Image``, a ``tv_tensors.Mask`` and, with `weigh`, a `PixelWeight`.
         seed: the run's seed.
         weigh: gives the loss's weight of each pixel from labels and instances.
         cache: keeps what was decoded; None decodes anew each time.
@@ -143,14 +143,14 @@ class SegmentationDataset(Dataset):
         if self.transform is not None and mask is not None:
             parts = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
             if self.weigh is not None:
-                parts["weight"] = Weight(self.weight(index, mask, self.weigh))
+                parts["pixel_weight"] = PixelWeight(self.weight(index, mask, self.weigh))
             seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
             generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
             state = generator.get_state()
             generator.manual_seed(int(seed))
             item |= self.transform(parts)
             generator.set_state(state)
-        for name in ("image", "mask", "weight"):
+        for name in ("image", "mask", "pixel_weight"):
             if name in item:
                 item[name] = item[name].as_subclass(torch.Tensor).contiguous()
         if mask is not None:
@@ -170,7 +170,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
             f"pictures of different sizes in one batch (height x width {sizes[0][0]} x {sizes[0][1]} and "
             f"{sizes[1][0]} x {sizes[1][1]}): set data.crop_size for training, and data.eval_batch_size: 1"
         )
-    tensors = [key for key in ("image", "mask", "weight") if key in items[0]]
+    tensors = [key for key in ("image", "mask", "pixel_weight") if key in items[0]]
     batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in tensors}
     return batch | {key: [item[key] for item in items] for key in ("name", "size")}
 

@@ -1,6 +1,6 @@
 """Joint transforms of image, mask and loss weight: what torchvision's v2 transforms lack for segmentation.
 
-They work on ``tv_tensors.Image`` of any number of channels and any dtype, ``tv_tensors.Mask`` and `Weight`, and
+They work on ``tv_tensors.Image`` of any number of channels and any dtype, ``tv_tensors.Mask`` and `PixelWeight`, and
 compose with every transform of torchvision v2. Labels and weights are only ever resampled to the nearest neighbour;
 pixels that come from outside the image are labelled 255 and weigh 0.
 """
@@ -20,7 +20,7 @@ from .errors import UserError
 IGNORE = 255  # the only label that losses and metrics leave out
 
 
-class Weight(tv_tensors.Mask):
+class PixelWeight(tv_tensors.Mask):
     """A float factor on the loss of each pixel ``(H, W)``: v2 moves it as it moves a mask, but fills can tell them."""
 
 
@@ -31,7 +31,7 @@ def outside(inpt: Tensor, fill: Sequence[float]) -> Tensor:
         UserError: if `fill` has neither one value nor one per channel.
     """
     if isinstance(inpt, tv_tensors.Mask):
-        return torch.tensor([0.0 if isinstance(inpt, Weight) else float(IGNORE)])[:, None, None]
+        return torch.tensor([0.0 if isinstance(inpt, PixelWeight) else float(IGNORE)])[:, None, None]
     if len(fill) not in (1, inpt.shape[-3]):
         raise UserError(f"fill has {len(fill)} values, but the image has {inpt.shape[-3]} channels")
     return torch.tensor(fill, dtype=torch.float32)[:, None, None]
@@ -103,7 +103,7 @@ class RandomScaleCrop(v2.Transform):
         """Draw the scale and the window; each side as (first source pixel, source pixels, result pixels, offset)."""
         scale = float(torch.empty(()).uniform_(*self.scale_range))
         height, width = flat_inputs[0].shape[-2:]
-        masks = [x for x in flat_inputs if isinstance(x, tv_tensors.Mask) and not isinstance(x, Weight)]
+        masks = [x for x in flat_inputs if isinstance(x, tv_tensors.Mask) and not isinstance(x, PixelWeight)]
         for _ in range(11):
             rows = self._window(height, self.crop_size[0], scale)
             columns = self._window(width, self.crop_size[1], scale)

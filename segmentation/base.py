@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from .errors import UserError
 from .inference import Inference, Whole, resize
 from .losses import IGNORE, CrossEntropy
-from .metrics import ConfusionMatrix, scores
+from .metrics import ConfusionMatrix, confusion_metrics
 
 Batch = dict[str, Any]
 
@@ -26,7 +26,7 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 class SegmentationModule(L.LightningModule):
     """Training, validation, test and prediction of a semantic segmentation network.
 
-    Subclasses define `score_maps`, and override `losses`, `forward` or `heads` where their paper differs.
+    Subclasses define `score_maps`, and override `losses`, `forward` or `new_layers` where their paper differs.
 
     Args:
         num_classes: output channels; 1 is a binary model with one logit, for data of two classes.
@@ -41,7 +41,7 @@ class SegmentationModule(L.LightningModule):
         lr_interval: how often an injected scheduler steps, ``step`` or ``epoch``.
         lr_power: exponent of poly.
         warmup_steps: optimizer steps over which poly starts linearly from 0.
-        head_lr_mult: factor on the learning rate of `heads`; 10 in DeepLab.
+        head_lr_mult: factor on the learning rate of `new_layers`; 10 in DeepLab.
         bias_lr_mult: factor on that of convolution biases, on top of the head's; 2 in Caffe recipes.
         bias_weight_decay: weight decay of convolution biases; None leaves the optimizer's, 0 in Caffe recipes.
         norm_weight_decay: weight decay of normalisation layers and embeddings; 0 in MaskFormer.
@@ -115,7 +115,7 @@ class SegmentationModule(L.LightningModule):
         """Run the network: ``(N, C, H, W)`` to score maps ``(N, K, h, w)`` by name, ``main`` first."""
         raise NotImplementedError
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """Modules that start from random weights, trained at `head_lr_mult` times the learning rate."""
         return []
 
@@ -135,7 +135,7 @@ class SegmentationModule(L.LightningModule):
     def criterion(self, scores: Tensor, batch: Batch) -> Tensor:
         """The loss of score maps ``(N, K, h, w)`` brought to the mask's size, weighed by a batch's ``weight``."""
         logits = resize(scores, batch["mask"].shape[-2:])
-        weight = (batch["weight"],) if "weight" in batch else ()
+        weight = (batch["pixel_weight"],) if "pixel_weight" in batch else ()
         return self.loss(logits, batch["mask"], *weight)
 
     def evaluation_loss(self, logits: Tensor, mask: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class SegmentationModule(L.LightningModule):
         return {"loss": (torch.stack(losses) * share).sum(), "logits": logits}
 
     def _log_scores(self, split: str) -> None:
-        values = scores(self.confusion.compute(), self.class_names, self.confusion.image_iou())
+        values = confusion_metrics(self.confusion.compute(), self.class_names, self.confusion.image_iou())
         values["loss"] = self.mean_loss.compute()
         self.log_dict({f"{split}/{k}": v.to(self.device, torch.float32) for k, v in values.items()}, sync_dist=True)
         self.confusion.reset()
@@ -321,13 +321,13 @@ class SegmentationModule(L.LightningModule):
         """Sort trainable parameters into groups for the optimizer.
 
         Returns:
-            up to six groups, weights, biases and norms of the backbone and of `heads`, each with ``name``, ``params``
-            and ``lr_mult``, and with ``weight_decay`` where it differs from the optimizer's. Biases are those of
+            up to six groups, weights, biases and norms of the backbone and of `new_layers`, each with ``name``,
+            ``params`` and ``lr_mult``, and with ``weight_decay`` where it differs from the optimizer's. Biases are those of
             convolutions and linear layers, norms include embeddings; frozen batch norm is in no group.
         """
         normalising = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
         frozen = {id(p) for norm in self._frozen() for p in norm.parameters()}
-        in_head = {id(p) for head in self.heads() for p in head.parameters()}
+        in_head = {id(p) for head in self.new_layers() for p in head.parameters()}
         norms = {id(p) for m in self.modules() if isinstance(m, normalising) for p in m.parameters()}
         groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.named_parameters():

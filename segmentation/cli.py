@@ -15,8 +15,6 @@ from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import lightning as L
-import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -26,7 +24,7 @@ import datamodules
 import datamodules.errors
 import segmentation
 import segmentation.errors
-from segmentation import callbacks, inference
+from segmentation import callbacks, checkpoints, inference
 from segmentation.commands import COMMANDS, NEEDS, Trainer
 from segmentation.messages import plain
 
@@ -102,7 +100,7 @@ class CLI(LightningCLI):
                     rank_zero_info(f"{folder / name} holds an earlier run: this one gets a new version folder")
                     logger.init_args.version = None
         if config.ckpt_path in ("last", "best"):
-            config.ckpt_path = newest_checkpoint(folder, config.ckpt_path)
+            config.ckpt_path = checkpoints.newest(folder, config.ckpt_path)
         if config.ckpt_path and "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
             raise UserError(f"the checkpoint {config.ckpt_path} does not exist")
         if config.ckpt_path and config.model is not None and "weights" in config.model.init_args:
@@ -127,7 +125,7 @@ class CLI(LightningCLI):
         history = Path(checkpoint).parent.parent / "metrics.csv" if checkpoint else None
         if checkpoint is None or history is None or not history.is_file():
             return
-        steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        steps = checkpoints.read(checkpoint)["global_step"]
         with history.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
         for logger in self.trainer.loggers:
@@ -147,13 +145,7 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
         return args
     if path in ("last", "best"):
         return args  # known once the config is
-    if not Path(path).is_file():
-        raise UserError(f"the checkpoint {path} does not exist")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
-    if saved is None:
-        raise UserError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")
-    class_path = re.sub(r"^segmentation\..*\.", "segmentation.", saved["class_path"])  # files have moved
-    model = json.dumps({"class_path": class_path, "init_args": saved["init_args"]})
+    model = json.dumps(checkpoints.model_of(path))
     data = ["--data", "Folder"] if args[0] == "predict" and not known.data else []
     return [args[0], "--model", model, *data, *args[1:]]
 
@@ -163,43 +155,10 @@ def take_from_checkpoint(init_args: Any, path: str) -> None:
     init_args.weights = None
     if "://" in path:
         return
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("segmentation")
+    saved = checkpoints.read(path).get("segmentation")
     for key, value in (saved["init_args"] if saved else {}).items():
         if init_args.get(key, 0) is None:
             init_args[key] = value
-
-
-def newest_checkpoint(folder: Path | None, name: str) -> str:
-    """The ``last`` or ``best`` checkpoint of the newest run in a folder of versions.
-
-    A resumed run begins its search for the best anew, so the best of the runs that it went on from counts too.
-
-    Raises:
-        UserError: if no run has left one.
-    """
-    found = sorted(folder.glob(f"*/checkpoints/{name}.ckpt"), key=lambda p: p.stat().st_mtime) if folder else []
-    if not found:
-        where = folder or "a config without a CSVLogger"
-        raise UserError(f"--ckpt_path {name}: no run in {where} has left a {name}.ckpt")
-    chain, path = [], found[-1] if name == "best" else None
-    while path is not None and path not in chain:
-        chain.append(path)
-        path = parent_best(path)
-    existing = [path for path in chain if path.is_file()]
-    return str(max(existing, key=best_score) if len(existing) > 1 else found[-1])
-
-
-def parent_best(checkpoint: Path) -> Path | None:
-    """The ``best.ckpt`` of the run that this checkpoint's run went on from."""
-    config = checkpoint.parent.parent / "config.yaml"
-    resumed = yaml.safe_load(config.read_text(encoding="utf-8")).get("ckpt_path") if config.is_file() else None
-    return Path(resumed).parent / "best.ckpt" if resumed else None
-
-
-def best_score(checkpoint: Path) -> float:
-    """The monitored score that a ``best.ckpt`` was saved for."""
-    states = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"].values()
-    return max(float(s["best_model_score"]) for s in states if s.get("best_model_score") is not None)
 
 
 def has_wandb_key() -> bool:

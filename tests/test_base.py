@@ -11,7 +11,7 @@ from torch import nn
 from segmentation import DeepLabV1, DeepLabV3, UNet
 from segmentation.base import SegmentationModule
 from segmentation.losses import CrossEntropy
-from segmentation.metrics import scores
+from segmentation.metrics import confusion_metrics
 
 CAFFE = {"head_lr_mult": 10, "bias_lr_mult": 2, "bias_weight_decay": 0}
 
@@ -100,14 +100,14 @@ def test_arguments_that_void_each_other_are_refused():
 def test_scores_of_a_hand_made_matrix():
     """Truth: 4 a (3 found, 1 called b), 2 b (both found), no c but 1 b-pixel is not needed; d occurs nowhere."""
     matrix = torch.tensor([[3, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    values = scores(matrix, ["a", "b", "c", "d"])
+    values = confusion_metrics(matrix, ["a", "b", "c", "d"])
     assert values["iou/a"] == 3 / 4 and values["iou/b"] == pytest.approx(2 / 3) and values["iou/d"].isnan()
     assert values["miou"] == pytest.approx((3 / 4 + 2 / 3) / 2)
     assert values["pixel_acc"] == pytest.approx(5 / 6)
     assert values["mean_acc"] == pytest.approx((3 / 4 + 1) / 2)
     assert values["fwiou"] == pytest.approx((4 * 3 / 4 + 2 * 2 / 3) / 6)
     matrix[1, 2] = 1  # c is predicted but never true: it counts in miou with 0
-    assert scores(matrix, ["a", "b", "c", "d"])["miou"] == pytest.approx((3 / 4 + 2 / 4 + 0) / 3)
+    assert confusion_metrics(matrix, ["a", "b", "c", "d"])["miou"] == pytest.approx((3 / 4 + 2 / 4 + 0) / 3)
 
 
 def test_evaluation_sums_one_matrix_and_drops_255():

@@ -288,13 +288,15 @@ def test_weight_maps_go_with_their_pictures(tree):
                   blur=0.5, color_jitter=0.3, max_class_share=0.9, batch_size=4, num_workers=0)  # fmt: skip
     data.setup("fit")
     batch = batches(data)[0]
-    assert batch["weight"].shape == (4, 32, 32) and batch["weight"].dtype == torch.float32
-    assert (batch["weight"][batch["mask"] == 255] == 0).all() and (batch["weight"][batch["mask"] != 255] > 0).all()
+    assert batch["pixel_weight"].shape == (4, 32, 32) and batch["pixel_weight"].dtype == torch.float32
+    assert (batch["pixel_weight"][batch["mask"] == 255] == 0).all() and (
+        batch["pixel_weight"][batch["mask"] != 255] > 0
+    ).all()
     counts = data.look_at_files("train")[:3].double()
     balance = counts.sum() / 3 / counts  # mean 1 over the training set
-    discs = batch["weight"][batch["mask"] == 1]
+    discs = batch["pixel_weight"][batch["mask"] == 1]
     assert discs.unique().tolist() == pytest.approx([float(balance[1])])
-    assert "weight" not in batches(data, "val")[0]
+    assert "pixel_weight" not in batches(data, "val")[0]
     assert len(data.weights.kept) == 12  # one per training image, before any epoch
 
 
@@ -307,7 +309,7 @@ def test_items_do_not_depend_on_the_number_of_workers(tree):
 
     for one, two in zip(items(0), items(2), strict=True):
         assert one["name"] == two["name"]
-        assert all(torch.equal(one[key], two[key]) for key in ("image", "mask", "weight"))
+        assert all(torch.equal(one[key], two[key]) for key in ("image", "mask", "pixel_weight"))
 
 
 def test_rare_class_crops_need_a_crop():

@@ -150,7 +150,7 @@ def test_own_weights_come_back_and_another_class_count_leaves_the_classifier_fre
 
 def test_heads_are_the_way_up():
     model = DeconvNet(5, base_channels=2, fc_channels=4)
-    heads = {id(p) for head in model.heads() for p in head.parameters()}
+    heads = {id(p) for head in model.new_layers() for p in head.parameters()}
     down = (model.conv1, model.conv2, model.conv3, model.conv4, model.conv5, model.fc6, model.fc7)
     rest = {id(p) for module in down for p in module.parameters()}
     assert not heads & rest and heads | rest == {id(p) for p in model.parameters()}

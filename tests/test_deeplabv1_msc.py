@@ -103,7 +103,7 @@ def test_weights_of_pixels_are_subsampled_with_the_labels(multi_scale):
     upper = torch.zeros(1, 41, 33)
     upper[:, :20] = 1
     half = {**batch, "mask": batch["mask"].masked_fill(upper == 0, 255)}
-    torch.testing.assert_close(model.losses({**batch, "weight": upper})["main"], model.losses(half)["main"])
+    torch.testing.assert_close(model.losses({**batch, "pixel_weight": upper})["main"], model.losses(half)["main"])
 
 
 def test_other_classes_leave_both_classifiers_fresh(tmp_path, capsys, caplog):

@@ -35,7 +35,7 @@ def narrow(backbone: str = "resnet50", num_classes: int = 3, **arguments) -> Dee
             low = 0.1 if name.endswith("bn3") else 0.5
             nn.init.uniform_(module.weight, low, 2 * low)
             nn.init.normal_(module.bias, 0, 0.2)
-    for score in model.heads():
+    for score in model.new_layers():
         nn.init.normal_(score.weight, 0, 0.1)
         nn.init.normal_(score.bias, 0, 0.1)
     return model.eval()
@@ -163,9 +163,9 @@ def test_the_loss_is_the_plain_sum_over_scales_and_their_maximum():
 
 @pytest.mark.parametrize("size", [(9, 11), (41, 41), (5, 6), (1, 1)])
 def test_labels_and_weights_are_taken_at_the_middle_of_each_block(size):
-    batch = {"mask": torch.randint(0, 256, (2, 65, 321)), "weight": torch.rand(2, 65, 321), "name": ["a", "b"]}
+    batch = {"mask": torch.randint(0, 256, (2, 65, 321)), "pixel_weight": torch.rand(2, 65, 321), "name": ["a", "b"]}
     small = subsample(batch, size)
-    assert set(small) == {"mask", "weight"} and small["mask"].dtype == torch.int64
+    assert set(small) == {"mask", "pixel_weight"} and small["mask"].dtype == torch.int64
     for key, values in small.items():
         torch.testing.assert_close(values, nearest(batch[key], size))
     middle = subsample({"mask": torch.arange(24).view(1, 1, 24)}, (1, 3))["mask"]
@@ -178,7 +178,7 @@ def test_weights_of_pixels_count():
     left = torch.zeros(1, 33, 33)
     left[..., :16] = 1
     half = {**batch, "mask": batch["mask"].masked_fill(left == 0, 255)}
-    torch.testing.assert_close(model.losses({**batch, "weight": left})["main"], model.losses(half)["main"])
+    torch.testing.assert_close(model.losses({**batch, "pixel_weight": left})["main"], model.losses(half)["main"])
 
 
 def test_aspp_sums_its_branches_and_a_rate_beyond_the_map_sees_the_centre_only():
@@ -193,8 +193,8 @@ def test_aspp_sums_its_branches_and_a_rate_beyond_the_map_sees_the_centre_only()
 @pytest.mark.parametrize("backbone", ["resnet50", "vgg16"])
 def test_scores_start_small(backbone):
     model = DeepLabV2(21, backbone, base_channels=16)
-    assert len(model.heads()) == 4
-    for score in model.heads():
+    assert len(model.new_layers()) == 4
+    for score in model.new_layers():
         assert score.out_channels == 21 and (score.bias == 0).all()
         assert 0.009 < score.weight.std() < 0.011
 

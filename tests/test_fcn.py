@@ -75,7 +75,7 @@ def narrow(num_classes: int = 3, **arguments) -> FCN:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.bias, 0, 0.1)
-    for score in model.heads():
+    for score in model.new_layers():
         nn.init.normal_(score.weight, 0, 0.5)
     return model.eval()
 
@@ -173,7 +173,7 @@ def test_scores_start_at_zero_and_the_first_step_moves_them():
     loss = sum(model.losses(batch).values())
     torch.testing.assert_close(loss, torch.tensor(3.0).log())
     loss.backward()
-    assert all(score.weight.grad.abs().max() > 0 for score in model.heads())
+    assert all(score.weight.grad.abs().max() > 0 for score in model.new_layers())
 
 
 def test_a_coarser_net_starts_the_finer_one(tmp_path, capsys, caplog):

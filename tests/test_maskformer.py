@@ -345,7 +345,7 @@ def test_weight_of_0_is_an_ignored_pixel(costs):
     hidden = torch.rand(2, 32, 32) < 0.3
     image = torch.zeros(2, 3, 32, 32)
     expected = model.losses({"image": image, "mask": mask.masked_fill(hidden, IGNORE)})
-    terms = model.losses({"image": image, "mask": mask, "weight": (~hidden).float()})
+    terms = model.losses({"image": image, "mask": mask, "pixel_weight": (~hidden).float()})
     torch.testing.assert_close(terms, expected)
     torch.testing.assert_close(costs[:2], costs[2:])
 

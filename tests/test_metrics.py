@@ -9,7 +9,7 @@ from skimage.metrics import adapted_rand_error
 from torch.multiprocessing import spawn
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from segmentation.metrics import BoundaryIoU, ConfusionMatrix, TrimapIoU, scores
+from segmentation.metrics import BoundaryIoU, ConfusionMatrix, TrimapIoU, confusion_metrics
 from segmentation.metrics.membranes import EMErrors, rand_error, simple, warp, warping_error
 
 CLASSES = 4
@@ -37,7 +37,7 @@ def test_by_hand_on_images_of_2x2():
     confusion = ConfusionMatrix(2)
     confusion.update(labels[:1], mask[:1])
     assert confusion.compute().tolist() == [[2, 1], [0, 1]]
-    values = scores(confusion.compute(), ["a", "b"], confusion.image_iou())
+    values = confusion_metrics(confusion.compute(), ["a", "b"], confusion.image_iou())
     expected = {
         "iou/a": 2 / 3, "iou/b": 1 / 2, "miou": 7 / 12, "micro_iou": 3 / 5, "image_iou": 7 / 12,
         "fwiou": (3 * 2 / 3 + 1 / 2) / 4, "pixel_acc": 3 / 4, "mean_acc": (2 / 3 + 1) / 2,
@@ -46,7 +46,7 @@ def test_by_hand_on_images_of_2x2():
     confusion.update(labels[1:], mask[1:])
     assert confusion.compute().tolist() == [[2, 1], [0, 2]]
     assert confusion.image_iou() == pytest.approx((7 / 12 + 1) / 2)
-    assert "image_iou" not in scores(confusion.compute(), ["a", "b"])
+    assert "image_iou" not in confusion_metrics(confusion.compute(), ["a", "b"])
 
 
 def test_the_matrix_and_its_averages_are_those_of_torchmetrics():
@@ -61,7 +61,7 @@ def test_the_matrix_and_its_averages_are_those_of_torchmetrics():
         for image in zip(labels, mask, strict=True):
             per_image.append(MulticlassJaccardIndex(CLASSES, "macro", ignore_index=255)(*image))
     assert torch.equal(own.compute(), theirs.compute()) and own.compute().count_nonzero() > 12
-    values = scores(own.compute(), list("abcd"))
+    values = confusion_metrics(own.compute(), list("abcd"))
     for key, metric in jaccard.items():
         torch.testing.assert_close(values[key].float(), metric.compute())
     torch.testing.assert_close(own.image_iou(), torch.stack(per_image).mean())

@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from datamodules import SyntheticScenes
-from segmentation.metrics import scores
+from segmentation.metrics import confusion_metrics
 
 pytestmark = pytest.mark.slow
 CONFIG = PROJECT / "configs/quickstart.yaml"
@@ -89,7 +89,7 @@ def train(network: nn.Module) -> float:
     with torch.inference_mode():
         for batch in data.val_dataloader():
             matrix.update(network(batch["image"].float() / 128 - 1).argmax(1), batch["mask"])
-    return float(scores(matrix.compute(), data.class_names)["miou"])
+    return float(confusion_metrics(matrix.compute(), data.class_names)["miou"])
 
 
 @pytest.mark.parametrize("build", [pixel_classifier, narrow_network])

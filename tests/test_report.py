@@ -15,7 +15,7 @@ from segmentation import UNet
 from segmentation.callbacks import BoundaryScores, EMScores, Report
 from segmentation.callbacks.report import NUMBERS, class_table, further_table, kind, number
 from segmentation.callbacks.report_pictures import draw_confusion, draw_iou
-from segmentation.metrics import BoundaryIoU, TrimapIoU, scores
+from segmentation.metrics import BoundaryIoU, TrimapIoU, confusion_metrics
 from segmentation.metrics.membranes import EMErrors
 
 NAMES = ["a", "b", "c"]
@@ -72,7 +72,7 @@ def test_results_json_holds_what_torchmetrics_says_of_the_same_predictions(tmp_p
     assert found["iou/c"] is None and found["boundary_iou/c"] is None  # occurs nowhere: not 0, and valid JSON
     assert found["boundary_iou/a"] == pytest.approx(float(boundary.compute()[0]))
     assert found["boundary_iou"] == pytest.approx(float(boundary.compute()[:2].mean()))
-    assert found["trimap_miou/5"] == pytest.approx(float(scores(trimaps.compute()[1], NAMES)["miou"]))
+    assert found["trimap_miou/5"] == pytest.approx(float(confusion_metrics(trimaps.compute()[1], NAMES)["miou"]))
     assert {kind(key) for key in found} <= set(results["definitions"])
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "run/0/report.txt").read_text().strip() and "does not occur" in text

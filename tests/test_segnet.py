@@ -177,7 +177,7 @@ def test_own_weights_come_back_and_another_class_count_leaves_the_classifier_fre
 
 def test_heads_are_all_but_the_encoder():
     model = SegNet(5, base_channels=2)
-    heads = {id(p) for head in model.heads() for p in head.parameters()}
+    heads = {id(p) for head in model.new_layers() for p in head.parameters()}
     encoder = {id(p) for p in model.encoder.parameters()}
     assert not heads & encoder and heads | encoder == {id(p) for p in model.parameters()}
 

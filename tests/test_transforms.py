@@ -12,10 +12,10 @@ from datamodules.transforms import (
     IGNORE,
     BandJitter,
     ElasticDeformation,
+    PixelWeight,
     RandomHorizontalFlip,
     RandomRotation,
     RandomScaleCrop,
-    Weight,
     outside,
 )
 
@@ -27,11 +27,11 @@ def triple(dtype: torch.dtype, height: int = 48, width: int = 48, bands: int = 1
     """An image whose every band is its own mask, the mask, and a weight that is the label plus 1; no label is 255."""
     labels = torch.arange(height)[:, None] // 5 * 10 + torch.arange(width) // 7
     image = labels.to(dtype).expand(bands, height, width).clone()
-    return tv_tensors.Image(image), tv_tensors.Mask(labels.short()), Weight(labels.float() + 1)
+    return tv_tensors.Image(image), tv_tensors.Mask(labels.short()), PixelWeight(labels.float() + 1)
 
 
 def assert_aligned(mask: Tensor, weight: Tensor) -> None:
-    assert type(mask) is tv_tensors.Mask and type(weight) is Weight and weight.dtype == torch.float32
+    assert type(mask) is tv_tensors.Mask and type(weight) is PixelWeight and weight.dtype == torch.float32
     expected = torch.where(mask == IGNORE, 0, mask + 1).float()
     assert torch.equal(weight.as_subclass(Tensor), expected.as_subclass(Tensor))
 
@@ -105,7 +105,7 @@ def test_elastic_equals_a_slow_loop():
     height, width, colour = 17, 23, (40.0, 200.0)
     image = tv_tensors.Image(torch.rand(2, height, width) * 255)
     mask = tv_tensors.Mask(torch.randint(0, 9, (height, width), dtype=torch.uint8))
-    weight = Weight(torch.rand(height, width) + 1)
+    weight = PixelWeight(torch.rand(height, width) + 1)
     elastic = ElasticDeformation(4.0, 3, colour)
     field = elastic.make_params([image, mask, weight])
     bent, labels, factors = (elastic.transform(x, field) for x in (image, mask, weight))

@@ -106,7 +106,7 @@ class DeconvNet(SegmentationModule):
         x = self.deconv1(unpool(x, switches1))  # (N, 64, 224, 224)
         return {"main": self.classifier(x)[..., :height, :width]}
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """All that ImageNet does not give: the way up."""
         ups = [self.fc6_deconv, self.deconv5, self.deconv4, self.deconv3, self.deconv2, self.deconv1]
         return [*ups, self.classifier]

@@ -164,10 +164,10 @@ class DeepLabV1(SegmentationModule):
         if self.fc7_padding:
             return super().losses(batch)
         scores = self.score_maps(self.preprocess(batch["image"]))["main"]
-        keys = [key for key in ("mask", "weight") if key in batch]
+        keys = [key for key in ("mask", "pixel_weight") if key in batch]
         return {"main": self.criterion(scores, {key: batch[key][:, ::8, ::8] for key in keys})}
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """The classifier, trained at ten times the rate (section 4.2), and what `multi_scale` adds."""
         return [self.fc8, *([] if self.multi_scale is None else [self.multi_scale])]
 

@@ -187,7 +187,7 @@ class DeepLabV2(SegmentationModule):
         maps = self.score_maps(self.preprocess(batch["image"]))
         return {name: self.criterion(scores, subsample(batch, scores.shape[-2:])) for name, scores in maps.items()}
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """The convolutions that give scores."""
         return list(self.classifier.scores)
 
@@ -203,7 +203,7 @@ class DeepLabV2(SegmentationModule):
 def subsample(batch: Batch, size: Sequence[int]) -> Batch:
     """Take the labels, and weights if there are any, at the middle of each cell of a (height, width) grid."""
     small: Batch = {}
-    for key in [key for key in ("mask", "weight") if key in batch]:
+    for key in [key for key in ("mask", "pixel_weight") if key in batch]:
         values = batch[key][:, None].float()
         small[key] = F.interpolate(values, tuple(size), mode="nearest-exact")[:, 0].to(batch[key].dtype)
     return small

@@ -203,7 +203,7 @@ class DeepLabV3(SegmentationModule):
             terms["aux"] = self.aux_loss_weight * terms["aux"]
         return terms
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """Everything but the backbone."""
         return [self.classifier, *([] if self.aux_classifier is None else [self.aux_classifier])]
 

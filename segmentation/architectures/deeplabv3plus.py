@@ -212,7 +212,7 @@ class DeepLabV3Plus(SegmentationModule):
         """Cross-entropy at full resolution."""
         return {"main": self.criterion(self(self.preprocess(batch["image"])), batch)}
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """Everything but the backbone."""
         return [self.aspp, self.decoder, self.classifier]
 

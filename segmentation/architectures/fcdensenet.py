@@ -176,6 +176,6 @@ class FCDenseNet(SegmentationModule):
             x = block(up(x, skips.pop()))  # (N, 1088, H/16, W/16), 816, 576, 384, (N, 256, H, W)
         return {"main": self.classifier(x)[..., :height, :width]}
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """The last 1x1 convolution."""
         return [self.classifier]

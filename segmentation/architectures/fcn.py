@@ -231,7 +231,7 @@ class FCN(SegmentationModule):
             terms["aux"] = self.aux_loss_weight * terms["aux"]
         return terms
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """The layers that give scores."""
         if isinstance(self.classifier, SkipClassifier):
             return list(self.classifier.scores)

@@ -279,7 +279,7 @@ class MaskFormer(SegmentationModule):
         probs = self.probabilities(logits)
         return self.loss(probs.logit(1e-6) if self.num_classes == 1 else probs.clamp(min=1e-6).log(), mask)
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """Everything but the backbone."""
         return [self.pixel_decoder, self.transformer_decoder, self.classifier, self.mask_head]
 
@@ -293,7 +293,7 @@ class MaskFormer(SegmentationModule):
         masks, mask = maps["main"], batch["mask"]
         height, width = mask.shape[-2:]
         margin = [0, 4 * masks.shape[-1] - width, 0, 4 * masks.shape[-2] - height]
-        weight = (mask != IGNORE).float() * batch.get("weight", 1.0)
+        weight = (mask != IGNORE).float() * batch.get("pixel_weight", 1.0)
         mask, weight = F.pad(mask, margin, value=IGNORE), F.pad(weight, margin)  # as the image in `score_maps`
         with torch.autocast(masks.device.type, enabled=False):
             terms = self.mask_classification_loss(maps["classes"].float(), masks.float(), mask, weight)

@@ -165,7 +165,7 @@ class PSPNet(SegmentationModule):
             terms["aux"] = self.aux_loss_weight * terms["aux"]
         return terms
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """Everything but the backbone."""
         return [self.ppm, self.classifier, *([] if self.aux_classifier is None else [self.aux_classifier])]
 

@@ -120,7 +120,7 @@ class SegNet(SegmentationModule):
                 x = self.drop(x)
         return {"main": self.classifier(x)}  # (N, K, H, W)
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """All that ImageNet does not give: decoder and classifier."""
         return [self.decoder, self.classifier]
 

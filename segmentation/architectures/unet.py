@@ -195,10 +195,10 @@ class UNet(SegmentationModule):
                 f"{image.shape[-2]} x {image.shape[-1]}: set data.crop_size"
             )
         logits = self.score_maps(image)["main"]
-        keys = [key for key in ("mask", "weight") if key in batch]
+        keys = [key for key in ("mask", "pixel_weight") if key in batch]
         return {"main": self.criterion(logits, {key: centre_crop(batch[key], *logits.shape[-2:]) for key in keys})}
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """The last 1x1 convolution."""
         return [self.classifier]
 

@@ -164,7 +164,7 @@ class UNet3Plus(SegmentationModule):
         pairs = maps.pop("guidance", None)
         for name, scores in maps.items():
             if self.hybrid_loss:
-                hybrid = self.hybrid(scores, batch["mask"], batch.get("weight"))
+                hybrid = self.hybrid(scores, batch["mask"], batch.get("pixel_weight"))
                 terms |= {f"{name}_{term}": value for term, value in hybrid.items()}
             else:
                 terms[name] = self.criterion(scores, batch)
@@ -188,7 +188,7 @@ class UNet3Plus(SegmentationModule):
         terms = self.hybrid(logits, mask).values() if self.hybrid_loss else [super().evaluation_loss(logits, mask)]
         return torch.stack(list(terms)).sum()
 
-    def heads(self) -> list[nn.Module]:
+    def new_layers(self) -> list[nn.Module]:
         """The outputs of all scales and the classification-guided module."""
         return [self.classifier, self.sides, *([] if self.guidance is None else [self.guidance])]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from ..metrics import BoundaryIoU, TrimapIoU, scores
+from ..metrics import BoundaryIoU, TrimapIoU, confusion_metrics
 
 
 class BoundaryScores(L.Callback):
@@ -48,7 +48,7 @@ class BoundaryScores(L.Callback):
         values = {"boundary_iou": iou.nanmean()}
         values |= {f"boundary_iou/{name}": value for name, value in zip(pl_module.class_names, iou, strict=True)}
         for width, matrix in zip(self.trimaps.widths, self.trimaps.compute(), strict=True):
-            values[f"trimap_miou/{width:g}"] = scores(matrix, pl_module.class_names)["miou"]
+            values[f"trimap_miou/{width:g}"] = confusion_metrics(matrix, pl_module.class_names)["miou"]
         split = "test" if trainer.testing else "val"
         pl_module.log_dict({f"{split}/{k}": v.float().to(pl_module.device) for k, v in values.items()}, sync_dist=True)
 

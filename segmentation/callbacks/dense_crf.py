@@ -15,7 +15,7 @@ from torch import Tensor
 from ..base import SegmentationModule
 from ..crf import PRESETS, Backend, need_pydensecrf, refine
 from ..errors import UserError
-from ..metrics import ConfusionMatrix, TrimapIoU, scores
+from ..metrics import ConfusionMatrix, TrimapIoU, confusion_metrics
 from ..pictures import changes, index_mask, panel, rgb
 from .report import run_folder
 
@@ -154,11 +154,11 @@ class DenseCRF(L.Callback):
     def _finish(self, trainer: L.Trainer, module: SegmentationModule, split: str) -> None:
         while self.waiting:
             self._take(module)
-        values = scores(self.confusion.compute(), module.class_names, self.confusion.image_iou())
+        values = confusion_metrics(self.confusion.compute(), module.class_names, self.confusion.image_iou())
         values = {f"crf/{key}": value for key, value in values.items()}
         for prefix, trimap in zip(("", "crf/"), self.trimaps, strict=False):
             for width, matrix in zip(trimap.widths, trimap.compute(), strict=True):
-                values[f"{prefix}trimap_miou/{width:g}"] = scores(matrix, module.class_names)["miou"]
+                values[f"{prefix}trimap_miou/{width:g}"] = confusion_metrics(matrix, module.class_names)["miou"]
         for key, value in values.items():
             module.log(f"{split}/{key}", value.to(module.device, torch.float32), sync_dist=True)
         folder = run_folder(trainer) if trainer.is_global_zero else None

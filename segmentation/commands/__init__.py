@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-import torch
 
 import datamodules
 import segmentation
 
+from ..checkpoints import load_trained
 from ..errors import UserError
 from .receptive_field.report import analyse_layers, analyse_network
 
@@ -147,9 +147,7 @@ class Trainer(L.Trainer):
         if image is None:
             raise UserError("no image given: name a TIFF with --image FILE")
         if ckpt_path is not None:
-            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-            model.on_load_checkpoint(checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
+            load_trained(model, ckpt_path)
         predict_tiff(model.to(self.strategy.root_device), Path(image), Path(output), bands, overwrite)
 
     def export(

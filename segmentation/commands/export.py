@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..base import SegmentationModule
+from ..checkpoints import load_trained
 from ..errors import UserError
 
 LEAST = 32  # pixels: the shortest side of an image that a graph for any size takes
@@ -74,11 +75,7 @@ def export_network(
     sides = [size, size] if isinstance(size, int) else list(size or ())
     if len(sides) not in (0, 2) or min(sides, default=1) < 1:
         raise UserError(f"--size is one side, or height and width as [360, 480], got {size}")
-    trained = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if "state_dict" not in trained:
-        raise UserError(f"{checkpoint} holds no state_dict: give a checkpoint that `lightning fit` wrote")
-    network.on_load_checkpoint(trained)
-    network.load_state_dict(trained["state_dict"])
+    load_trained(network, checkpoint)
     network.channels_last = False  # else the order of the memory would depend on the size
     predictor = Predictor(network.cpu().eval())
 

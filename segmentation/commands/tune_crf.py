@@ -21,9 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ..base import SegmentationModule
+from ..checkpoints import load_trained
 from ..crf import CRF, Backend, need_pydensecrf, refine
 from ..errors import UserError
-from ..metrics import ConfusionMatrix, scores
+from ..metrics import ConfusionMatrix, confusion_metrics
 
 NAMES = ("w1", "sigma_alpha", "sigma_beta")  # what is searched
 SHOWN = 10  # rows of the table
@@ -60,7 +61,7 @@ class Search:
             totals[crf] += matrix
             self.progress.advance(self.bar)
         names = [str(k) for k in range(self.num_classes)]
-        self.miou |= {crf: float(scores(total, names)["miou"]) for crf, total in totals.items()}
+        self.miou |= {crf: float(confusion_metrics(total, names)["miou"]) for crf, total in totals.items()}
 
     def best(self) -> CRF:
         """The first of those with the highest mIoU."""
@@ -137,9 +138,7 @@ def tune(
     def candidates(places: Iterable[tuple[int, ...]]) -> list[CRF]:
         return [CRF(axes[0][i], axes[1][j], axes[2][k], **fixed) for i, j, k in places]
 
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model.on_load_checkpoint(saved)
-    model.load_state_dict(saved["state_dict"])
+    load_trained(model, checkpoint)
     model.to(device).eval()
     datamodule.prepare_data()
     datamodule.setup("validate")
@@ -161,7 +160,7 @@ def tune(
             centre = [axis.index(getattr(best, name)) for axis, name in zip(axes, NAMES, strict=True)]
             around = [range(max(0, i - 1), min(len(axis), i + 2)) for axis, i in zip(axes, centre, strict=True)]
             search.evaluate(candidates(itertools.product(*around)))
-    report(search, float(scores(before, [str(k) for k in range(classes)])["miou"]), len(files), output_dir)
+    report(search, float(confusion_metrics(before, [str(k) for k in range(classes)])["miou"]), len(files), output_dir)
 
 
 def report(search: Search, before: float, images: int, output_dir: Path) -> None:

@@ -9,7 +9,9 @@ from torchmetrics import Metric
 from ..losses import IGNORE
 
 
-def scores(confusion: Tensor, class_names: Sequence[str], image_iou: Tensor | None = None) -> dict[str, Tensor]:
+def confusion_metrics(
+    confusion: Tensor, class_names: Sequence[str], image_iou: Tensor | None = None
+) -> dict[str, Tensor]:
     """Compute the confusion-matrix family (Long et al., FCN, section 5), ignored pixels left out by the matrix.
 
     Args:

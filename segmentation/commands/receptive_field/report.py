@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ...base import SegmentationModule
+from ...checkpoints import load_trained
 from .fields import Field, effective_field, layer_fields, network_fields, read_layer, ways_to_pixels
 from ...errors import UserError
 
@@ -71,9 +72,6 @@ def analyse_network(
     """
     name = type(network).__name__
     pixels = read_image(image, size, network.in_channels)
-    trained = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint else None
-    if trained is not None:
-        network.on_load_checkpoint(trained)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # strips are too thin to share: more threads would wait for each other
     try:
@@ -88,9 +86,9 @@ def analyse_network(
     console.print(field_table(title, fields, "live taps", taps if any(taps) else ()))
 
     network.to(device)
-    effects = {"in effect, before training" if trained else "in effect": effective_field(network, pixels)}
-    if trained is not None:
-        network.load_state_dict(trained["state_dict"])
+    effects = {"in effect, before training" if checkpoint else "in effect": effective_field(network, pixels)}
+    if checkpoint is not None:
+        load_trained(network, checkpoint)
         effects["in effect, after training"] = effective_field(network, pixels)
     console.print(effect_table(effects))
 
