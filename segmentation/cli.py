@@ -30,6 +30,8 @@ from segmentation.messages import plain
 
 from .errors import UserError
 
+RUN = str(Path(__file__).with_name("run.yaml"))  # how Lightning's verbs log, save and draw
+
 
 class Parser(LightningArgumentParser):
     """Ends a wrong command in one sentence with the nearest valid name, and exit status 2."""
@@ -51,8 +53,21 @@ class SaveConfig(SaveConfigCallback):
 class CLI(LightningCLI):
     """Architectures as ``--model``, data sets as ``--data``, and checkpoints that know what they are."""
 
-    def __init__(self, model_class: type, datamodule_class: type, **kwargs: Any) -> None:
-        super().__init__(model_class, datamodule_class, trainer_class=Trainer, **kwargs)
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            segmentation.SegmentationModule,
+            datamodules.SegmentationDataModule,
+            save_config_callback=SaveConfig,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            parser_kwargs={verb: {"default_config_files": [RUN]} for verb in LightningCLI.subcommands()},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -90,6 +105,11 @@ class CLI(LightningCLI):
             config.ckpt_path, config.trainer.accelerator = None, "cpu"  # of a run's config.yaml, and of no use here
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
+        for logger in loggers:
+            for key in ("name", "group"):  # of CSVLogger, of WandbLogger
+                if logger.class_path.endswith("CSVLogger" if key == "name" else "WandbLogger"):
+                    logger.init_args[key] = logger.init_args[key] or run_name(config)
+        config.trainer.callbacks = latest(config.trainer.callbacks)
         folder = None
         for logger in loggers:
             if logger.class_path.endswith("CSVLogger"):
@@ -150,6 +170,23 @@ def with_checkpoint_model(args: list[str]) -> list[str]:
     return [args[0], "--model", model, *data, *args[1:]]
 
 
+def run_name(config: Namespace) -> str:
+    """Return the stem of the last config file given; without one, ``<model>_<data>`` in lower case."""
+    files = [Path(file.relative) for file in config.config or [] if file is not None]
+    parts = (config.model.class_path, config.data.class_path)
+    return files[-1].stem if files else "_".join(part.rpartition(".")[2].lower() for part in parts)
+
+
+def latest(callbacks: list[Namespace] | None) -> list[Namespace] | None:
+    """Return callbacks with each class of this package once: one that a config adds replaces that of run.yaml."""
+    ours = [c.class_path for c in callbacks or [] if c.class_path.startswith("segmentation.")]
+    return callbacks and [
+        c
+        for i, c in enumerate(callbacks)
+        if c.class_path not in [later.class_path for later in callbacks[i + 1 :]] or c.class_path not in ours
+    ]
+
+
 def take_from_checkpoint(init_args: Any, path: str) -> None:
     """Leave weights to the checkpoint, with what they made of arguments that were None: null is what they need."""
     init_args.weights = None
@@ -207,18 +244,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     try:
-        CLI(
-            segmentation.SegmentationModule,
-            datamodules.SegmentationDataModule,
-            save_config_callback=SaveConfig,
-            seed_everything_default=0,
-            parser_class=Parser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=None if args is None else list(args),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        CLI(None if args is None else list(args))
     except Exception as error:
         message = sentence(error)
         if message is None:

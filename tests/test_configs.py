@@ -20,7 +20,7 @@ from trees import (
 
 import datamodules
 import segmentation
-from segmentation.cli import CLI, Parser, main
+from segmentation.cli import CLI, main
 from segmentation.messages import plain
 
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
@@ -28,22 +28,18 @@ CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def parser():
-    """The command's own parser, with nothing run."""
+    """A function that parses a config as the command does, with `run.yaml` and the run's name, and runs nothing."""
 
     class Parsed(Exception):
         pass
 
     class Stop(CLI):
-        def before_instantiate_classes(self):
+        def instantiate_classes(self):
             raise Parsed(self.config)
 
     def parse(file):
         with pytest.raises(Parsed) as caught:
-            Stop(
-                segmentation.SegmentationModule, datamodules.SegmentationDataModule, parser_class=Parser,
-                subclass_mode_model=True, subclass_mode_data=True, args=["fit", "--config", str(file)],
-                auto_configure_optimizers=False, load_from_checkpoint_support=False,
-            )  # fmt: skip
+            Stop(["fit", "--config", str(file)])
         return caught.value.args[0].fit
 
     return parse
