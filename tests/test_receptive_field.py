@@ -1,6 +1,7 @@
 """What one output pixel sees: papers' numbers, the formula, and the gradients of real networks."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -28,10 +29,11 @@ from segmentation.commands.receptive_field.fields import (
     Field,
     effective_field,
     layer_fields,
+    map_sizes,
     network_fields,
     ways_to_pixels,
 )
-from segmentation.commands.receptive_field.report import live_taps, main_rows, side_above, side_holding
+from segmentation.commands.receptive_field.tables import live_taps, main_rows, side_above, side_holding
 
 VGG16 = [f"{layer}p1" if layer == "conv3" else layer for n in (2, 2, 3, 3, 3) for layer in ["conv3"] * n + ["pool2s2"]]
 
@@ -290,6 +292,28 @@ def test_live_taps_are_those_of_the_closed_form():
     assert words == ["", *(f"{((33 + 2 * (33 - rate)) / 33) ** 2:.1f} of 9" for rate in (6, 12, 18)), ""]
 
 
+def test_map_sizes_are_those_of_the_stages():
+    """Sizes and fields are measured apart; the table joins them by stage, numbered runs included."""
+    network = meta(DeepLabV2, 21)
+    sizes = map_sizes(network, (321, 321))
+    assert sizes["backbone.layer4"] == (2048, 41, 41)  # of the image's own scale; then 0.75 and 0.5
+    assert (sizes["classifier.convs.3 (2)"], sizes["classifier.convs.3 (3)"]) == ((21, 31, 31), (21, 21, 21))
+    assert sizes["logits"] == (21, 321, 321)
+    for build in (UNet, SegNet, PSPNet):
+        network = meta(build, 4)
+        sizes = map_sizes(network, (97, 130))
+        assert {field.stage for field in network_fields(network)} <= sizes.keys()
+        assert sizes["logits"] == (4, 97, 130)
+
+
+def test_map_sizes_leave_the_network_as_it_was():
+    network = UNet(2, base_channels=2).train()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    assert map_sizes(network, (64, 64))["bottom"] == (32, 4, 4)
+    assert network.training and all(not module._forward_hooks for module in network.modules())
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
 class Convs(SegmentationModule):
     """3x3 convolutions of ones, whose gradient is known."""
 
@@ -357,6 +381,7 @@ def test_command_with_a_config_needs_no_data_and_leaves_a_picture_only(folder, c
     main(["receptive_field", *both, "--model.base_channels", "4", "--image", "photo.png"])
     out = capsys.readouterr().out
     assert "| bottom   |     32 |       |      280 |" in out and "48 x 64 px" in out
+    assert re.search(r"\| bottom .*\|\s+64 x 1 x 2 \|", out) and re.search(r"\| logits .*\|\s+11 x 48 x 64 \|", out)
     assert "in effect " in out and "training" not in out
     assert sorted(p.name for p in folder.rglob("*")) == ["UNet.png", "of_a_run.yaml", "photo.png", "receptive_field"]
 

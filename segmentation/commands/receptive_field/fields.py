@@ -1,14 +1,15 @@
-"""What does one output pixel see? Receptive fields of a network, in theory and in effect.
+"""Receptive fields of a network, in theory and in effect.
 
-In theory: all input pixels that can change the output. In effect: those that do so noticeably, which are fewer and lie
-in the middle (W. Luo, Y. Li, R. Urtasun, R. Zemel, "Understanding the Effective Receptive Field in Deep Convolutional
-Neural Networks", NIPS 2016, arXiv 1701.04128).
+The theoretical field holds all input pixels that can change an output. The effective field holds the pixels that change
+it noticeably: they are fewer and lie in the middle (W. Luo, Y. Li, R. Urtasun, R. Zemel, "Understanding the Effective
+Receptive Field in Deep Convolutional Neural Networks", NIPS 2016, arXiv 1701.04128).
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,15 +28,15 @@ STRIP = 768  # width of the first test image: a multiple of usual strides
 
 @dataclass(frozen=True)
 class Field:
-    """What a unit of one stage sees.
+    """The square of input pixels that a unit of one stage sees.
 
     Args:
-        stage: name of the layer or module; of a module that runs again, with the number of its run.
-        stride: input pixels from one unit to the next; None where the number of units does not follow the image's.
+        stage: name of the layer or module, followed by the number of the run if the module runs more than once.
+        stride: input pixels from one unit to the next; None if the number of units does not depend on the image's size.
         rates: dilations above 1 in the stage.
-        size: side of the square of input pixels; 0 for none.
-        centre: input pixel in the middle of what unit 0 sees; that of unit j is ``stride * j + centre``.
-        bins: bins per side of a pooling over the whole image that the unit sees besides; 0 for none.
+        size: side of the square in input pixels; 0 for none.
+        centre: input pixel in the middle of the square of unit 0; that of unit j is ``stride * j + centre``.
+        bins: bins per side of a pooling over the whole image that the unit sees too; 0 for none.
     """
 
     stage: str
@@ -50,26 +51,30 @@ class Field:
 
 
 def read_layer(layer: str) -> tuple[int, int, int, int]:
-    """Kernel, stride, dilation and padding of a layer of `layer_fields`."""
+    """Return kernel, stride, dilation and padding of a layer of `layer_fields`.
+
+    Raises:
+        UserError: if the layer is not written as described there.
+    """
     match = re.fullmatch(r"(?:conv|pool)([1-9]\d*)((?:s[1-9]\d*|d[1-9]\d*|p\d+)*)", layer)
     if match is None:
         raise UserError(
             f"'{layer}' is not a layer: write conv or pool with its kernel, then stride s, dilation d and padding p "
-            "where they are not 1, 1 and 0, such as conv3, pool2s2, conv3d2 or conv7s2p3"
+            "if they differ from 1, 1 and 0, such as conv3, pool2s2, conv3d2 or conv7s2p3"
         )
     options = {option[0]: int(option[1:]) for option in re.findall(r"[sdp]\d+", match[2])}
     return int(match[1]), options.get("s", 1), options.get("d", 1), options.get("p", 0)
 
 
 def layer_fields(layers: Sequence[str]) -> list[Field]:
-    """Follow a chain of layers: each widens the field by (kernel - 1) * dilation * stride so far.
+    """Follow a chain of layers: each widens the field by (kernel - 1) * dilation * product of the earlier strides.
 
     Args:
-        layers: each ``conv`` or ``pool`` with its kernel, then, where they are not 1, 1 and 0, its stride ``s``,
-            dilation ``d`` and padding ``p``: ``conv3``, ``pool2s2``, ``conv3d2``, ``conv7s2p3``.
+        layers: each ``conv`` or ``pool`` with its kernel, then its stride ``s``, dilation ``d`` and padding ``p`` if
+            they differ from 1, 1 and 0: ``conv3``, ``pool2s2``, ``conv3d2``, ``conv7s2p3``.
 
     Raises:
-        UserError: for a layer that is not written so.
+        UserError: if a layer is not written like this.
     """
     fields = []
     size, stride, centre = 1, 1, 0.0
@@ -83,7 +88,7 @@ def layer_fields(layers: Sequence[str]) -> list[Field]:
 
 
 def ways_to_pixels(layers: Sequence[str]) -> np.ndarray:
-    """In how many ways the last layer's first unit reaches each pixel of its field, along one side."""
+    """Count the paths from the last layer's first unit to each pixel of its field, along one side."""
     ways, stride = np.ones(1), 1
     for layer in layers:
         kernel, step, dilation, _ = read_layer(layer)
@@ -98,7 +103,7 @@ def ways_to_pixels(layers: Sequence[str]) -> np.ndarray:
 
 
 class Call(NamedTuple):
-    """One run of a module: the map it read and the map it gave, ``(N, 1, h, w)``."""
+    """One run of a module: its input map and its output map, ``(N, 1, h, w)``."""
 
     name: str
     module: nn.Module
@@ -107,17 +112,17 @@ class Call(NamedTuple):
 
 
 class LinearTwin(TorchFunctionMode):
-    """Runs a network with every operation replaced by a linear one that looks at the same pixels.
+    """A mode in which a network runs with every operation replaced by a linear one that looks at the same pixels.
 
-    Then an output's gradient is positive at exactly the pixels that the output sees, whatever the weights and however
-    the layers are wired. Channels are not told apart, so every map has a single one, ``(N, 1, h, w)``: convolutions and
-    poolings become means over their windows, and what works pixel by pixel does nothing. That a normalisation knows
-    statistics of the whole image is not counted.
+    The gradient of an output is then positive at exactly the pixels that the output sees, for any weights and any
+    wiring of the layers. Every map has a single channel, ``(N, 1, h, w)``: convolutions and poolings become means over
+    their windows, and operations on single pixels do nothing. The statistics of the whole image that a normalisation
+    may use are not counted.
 
-    A method replaces the operation of its name, in place or not; any other operation is taken to be linear.
+    A method replaces the operation of the same name, in place or not. Any other operation must be linear already.
 
     Args:
-        width: of the image, a strip ``(1, 1, 1, width)``: fields are taken to be as high as wide.
+        width: of the image, a strip ``(1, 1, 1, width)``. Fields are assumed to be as high as wide.
     """
 
     PIXELWISE = (
@@ -129,7 +134,9 @@ class LinearTwin(TorchFunctionMode):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.strip = torch.ones(1, 1, 1, width, dtype=torch.float64, requires_grad=True)
-        self.whole: dict[int, Tensor] = {}  # leaves with the gradient of what pools the image, by bins per side
+        self.whole: dict[
+            int, Tensor
+        ] = {}  # a leaf per number of bins; gets the gradient of poolings of the whole image
         self.calls: list[Call] = []  # in order
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,7 +170,7 @@ class LinearTwin(TorchFunctionMode):
         return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode)
 
     def max_pool2d_with_indices(self, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Its indices are not of maxima: for every pixel, the number of its window."""
+        """Return means, and as indices the number of each pixel's window in place of the places of maxima."""
         y = self.max_pool2d(x, *args, **options)
         windows = torch.arange(y[0].numel(), dtype=y.dtype).view(1, *y.shape[1:])
         return y, F.interpolate(windows, size=x.shape[2:]).long()
@@ -172,7 +179,7 @@ class LinearTwin(TorchFunctionMode):
         """Unpooling: spread each value over its window."""
         return src.gather(dim, index)
 
-    add = staticmethod(torch.add)  # never in place: `calls` has maps that must stay what they were
+    add = staticmethod(torch.add)  # never in place, as `calls` keeps maps whose gradient is taken later
     amax = staticmethod(torch.mean)
     pixel_unshuffle = staticmethod(F.avg_pool2d)
 
@@ -198,46 +205,84 @@ class LinearTwin(TorchFunctionMode):
         return self.of_whole_image(mean, 1) if both else mean
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
-        product = torch.matmul(x, y)  # of a map's rows with a matrix: means over regions, as PSPNet's
+        product = torch.matmul(x, y)  # a map times a matrix is a mean over regions, as in PSPNet
         return self.of_whole_image(product, y.shape[1]) if (x.dim(), y.dim()) == (4, 2) else product
 
     def multi_head_attention_forward(self, query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, None]:
         return query + self.of_whole_image(query, 1), None
 
     def of_whole_image(self, x: Tensor, bins: int) -> Tensor:
-        """Hand on no gradient to pixels, but one to the leaf of this number of bins."""
+        """Pass the gradient to the leaf of this number of bins and not to pixels."""
         leaf = self.whole.setdefault(bins, torch.ones((), dtype=torch.float64, requires_grad=True))
         return torch.ones_like(x) * leaf
 
 
 def mean_kernel(weight: Tensor) -> Tensor:
-    """A kernel of this one's size that takes the mean over its window."""
+    """Return a kernel of the weight's size that takes the mean over its window."""
     return torch.ones(1, 1, *weight.shape[2:], dtype=torch.float64) / weight.shape[2:].numel()
 
 
-def trace(network: nn.Module, width: int) -> LinearTwin:
-    """Run the linear twin, and remember the runs of modules that gave one map."""
-    twin = LinearTwin(width)
+@contextmanager
+def watched(network: nn.Module, remember: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Evaluate a network under hooks: call `remember` with name, module, input and output of each module's run.
+
+    Runs that do not return one tensor of four dimensions are left out. The network itself is named ``logits``.
+    """
     names = {module: name or "logits" for name, module in network.named_modules()}
 
-    def remember(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
         if module in names and args and isinstance(output, Tensor) and output.dim() == 4:
-            twin.calls.append(Call(names[module], module, args[0], output))
+            remember(names[module], module, args[0], output)
 
     training = network.training
     network.eval()
     try:
-        with register_module_forward_hook(remember), twin:
-            network(twin.strip)
+        with register_module_forward_hook(hook):
+            yield
     finally:
         network.train(training)
+
+
+def trace(network: nn.Module, width: int) -> LinearTwin:
+    """Run the linear twin of a network, and keep the run of every module in its `calls`."""
+    twin = LinearTwin(width)
+    with watched(network, lambda *run: twin.calls.append(Call(*run))), twin:
+        network(twin.strip)
     return twin
 
 
-def main_stages(network: nn.Module, calls: Sequence[Call]) -> list[str]:
-    """The outermost modules that give one map, opened where three or more layers within read the same map.
+@torch.no_grad()
+def map_sizes(network: SegmentationModule, size: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Run a network on an image of zeros, and return the sizes of its feature maps.
 
-    Those are parallel branches; in a residual block two layers read the same map.
+    Args:
+        network: runs on its own device; on the meta device nothing is computed.
+        size: height and width of the image in pixels.
+
+    Returns:
+        channels, height and width of each module's map, by `Field.stage`.
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    runs: Counter[str] = Counter()
+
+    def remember(name: str, module: nn.Module, source: Tensor, output: Tensor) -> None:
+        runs[name] += 1
+        sizes[stage_name(name, runs[name])] = tuple(output.shape[1:])
+
+    with watched(network, remember):
+        network(network.mean.new_zeros(1, network.in_channels, *size))
+    return sizes
+
+
+def stage_name(name: str, run: int) -> str:
+    """Return a module's name, followed by the number of its run from the second on."""
+    return f"{name} ({run})" if run > 1 else name
+
+
+def main_stages(network: nn.Module, calls: Sequence[Call]) -> list[str]:
+    """Return the outermost modules that give one map; a module with three or more parallel layers is opened.
+
+    Layers are parallel if they read the same map. In a residual block, two layers do.
     """
     ran = {call.name for call in calls}
     layers = {(call.name, id(call.source)) for call in calls if next(call.module.children(), None) is None}
@@ -251,17 +296,17 @@ def main_stages(network: nn.Module, calls: Sequence[Call]) -> list[str]:
 
 
 def network_fields(network: nn.Module, stages: Sequence[str] = ()) -> list[Field]:
-    """Theoretical fields of a network's stages in the order in which they run, from gradients of its linear twin.
+    """Measure the theoretical fields of a network's stages, in running order, by gradients of its linear twin.
 
-    After an upsampling, neighbouring units see squares of different sizes: the largest counts, and the mean centre.
+    After an upsampling, neighbouring units see squares of different sizes: the largest size and the mean centre count.
 
     Args:
         network: takes an image ``(N, C, H, W)`` of any size.
-        stages: names of modules, and ``logits`` for what the network gives; by default those of `main_stages`.
+        stages: names of modules, and ``logits`` for the network's output; by default those of `main_stages`.
 
     Raises:
-        UserError: if a stage is none of the modules that ran and gave one map, or its field is as wide as the image
-            however wide that is.
+        UserError: if no module of a stage's name ran and gave one map, or if a field is as wide as the image for images
+            of any width.
     """
     run, width = trace(network, STRIP), STRIP
     names = [call.name for call in run.calls]
@@ -279,8 +324,7 @@ def network_fields(network: nn.Module, stages: Sequence[str] = ()) -> list[Field
         deepest, gap = max(deepest, stride or 1), max(gap, max(rates, default=1) * (stride or 1))
         if call.name not in wanted:
             continue
-        again = names[: number + 1].count(call.name)
-        field = Field(f"{call.name} ({again})" if again > 1 else call.name, stride, rates)
+        field = Field(stage_name(call.name, names[: number + 1].count(call.name)), stride, rates)
         field, margin = measure(run, number, field, deepest)
         while margin < gap:  # taps far apart might see more beyond it
             if width == 16 * STRIP:
@@ -293,9 +337,10 @@ def network_fields(network: nn.Module, stages: Sequence[str] = ()) -> list[Field
 
 
 def measure(run: LinearTwin, number: int, field: Field, deepest: float) -> tuple[Field, int]:
-    """Fill in what the units of a call see in the middle of the strip, and say how many pixels are left beside it.
+    """Fill in size, centre and bins of a field, and return the number of pixels between it and the strip's ends too.
 
-    What units see repeats in steps of the largest stride so far, `deepest`.
+    The units in the middle of the strip are measured, over one period: the fields repeat in steps of the largest stride
+    so far, `deepest`.
     """
     output, width = run.calls[number].output, run.strip.shape[3]
     period = round(deepest / field.stride) if field.stride else 1
@@ -323,17 +368,17 @@ def measure(run: LinearTwin, number: int, field: Field, deepest: float) -> tuple
 
 
 def effective_field(network: SegmentationModule, image: Tensor, draws: int = 8) -> Tensor:
-    """How much each input pixel changes the logits in the middle: the mean absolute gradient.
+    """Measure how much each input pixel changes the logits in the middle: the mean absolute gradient.
 
     The mean is over random shifts of the image, each with a random signed sum of the classes' logits.
 
     Args:
-        network: is evaluated where its parameters are.
+        network: runs on its own device.
         image: stored pixels ``(C, H, W)``.
         draws: number of shifts.
 
     Returns:
-        ``(H, W)``, of sum 1, on the CPU.
+        ``(H, W)`` on the CPU, whose sum is 1.
 
     Raises:
         UserError: if the gradient is zero or not finite.
