@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for every process: two threads wait for each other, and for any other process
@@ -14,8 +15,9 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from segmentation import SegmentationModule
 from segmentation.architectures.backbones.resnet import Bottleneck
 
 PROJECT = Path(__file__).parents[1]
@@ -134,6 +136,27 @@ def rows(run: Path) -> list[dict[str, str]]:
 def column(run: Path, key: str) -> list[float]:
     """The values of a metric in a run's metrics.csv, in order."""
     return [float(row[key]) for row in rows(run) if row.get(key)]
+
+
+class Fixed(SegmentationModule):
+    """The shared loop around a function of the image: its results are the logits."""
+
+    def __init__(self, num_classes: int, logits: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(num_classes)
+        self.function = logits
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.function(image)
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def dilations(module: nn.Module) -> list[int]:
+    """List the dilations of the 3x3 convolutions, in order."""
+    return [m.dilation[0] for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
 
 
 def shake(module: nn.Module, image: torch.Tensor) -> nn.Module:

@@ -4,15 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import count
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from segmentation.architectures.deeplabv2 import ASPP, DeepLabV2, subsample
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(

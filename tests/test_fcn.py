@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shake_norms
+from conftest import count, shake_norms
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.models import segmentation as peers
@@ -11,10 +11,6 @@ from torchvision.models import segmentation as peers
 from segmentation.architectures.fcn import FCN, Upsampling
 
 NAMES = {32: "FCN-32s", 16: "FCN-16s", 8: "FCN-8s"}
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(

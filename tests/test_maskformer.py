@@ -13,10 +13,19 @@ from segmentation.architectures.maskformer import MaskFormer, assign, dice_loss,
 from segmentation.losses import IGNORE, CrossEntropy
 
 
-def narrow(classes: int = 3, **arguments: object) -> MaskFormer:
+def narrow(classes: int = 3, network: type[MaskFormer] = MaskFormer, **arguments: object) -> MaskFormer:
     torch.manual_seed(0)
     sizes = {"base_channels": 8, "hidden_channels": 16, "num_queries": 6, "decoder_layers": 3, "num_heads": 4}
-    return MaskFormer(classes, **{**sizes, **arguments})
+    return network(classes, **{**sizes, **arguments})
+
+
+class Decoded(MaskFormer):
+    """MaskFormer whose network gives the maps that a test sets."""
+
+    maps: dict[str, Tensor]
+
+    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
+        return self.maps
 
 
 def count(module: nn.Module) -> int:
@@ -130,10 +139,10 @@ def test_sine_positions_by_hand():
 
 
 def test_forward_weighs_masks_by_classes_and_leaves_no_object_out():
-    model = narrow(2).eval()
+    model = narrow(2, Decoded).eval()
     classes = torch.tensor([[0.7, 0.1, 0.2], [0.0, 0.5, 0.5]]).log()[None, None]
     masks = torch.tensor([0.9, 0.2]).logit()[None, None, :, None, None].expand(1, 1, 2, 8, 8)
-    model.score_maps = lambda image: {"main": masks, "classes": classes}
+    model.maps = {"main": masks, "classes": classes}
     scores = model(torch.zeros(1, 3, 10, 7))
     assert scores.shape == (1, 2, 10, 7)
     torch.testing.assert_close(scores[0, 0], torch.full((10, 7), 0.7 * 0.9))
@@ -142,9 +151,9 @@ def test_forward_weighs_masks_by_classes_and_leaves_no_object_out():
 
 
 def test_masks_are_interpolated_between_the_centres_of_their_pixels():
-    model = narrow(2).eval()
+    model = narrow(2, Decoded).eval()
     ramp = torch.arange(8.0).expand(1, 1, 1, 8, 8) - 4
-    model.score_maps = lambda image: {"main": ramp, "classes": torch.tensor([[[[30.0, 0.0, 0.0]]]])}
+    model.maps = {"main": ramp, "classes": torch.tensor([[[[30.0, 0.0, 0.0]]]])}
     logits = [min(max((column + 0.5) / 4 - 0.5, 0), 7) - 4 for column in range(32)]
     torch.testing.assert_close(model(torch.zeros(1, 3, 32, 32))[0, 0, 9], torch.tensor(logits).sigmoid())
 
@@ -256,14 +265,14 @@ def by_hand(
     return terms, chosen
 
 
-def stub(model: MaskFormer, layers: int = 3, images: int = 2, queries: int = 4, side: int = 8) -> dict[str, Tensor]:
+def stub(classes: int = 3, layers: int = 3, images: int = 2, queries: int = 4, side: int = 8) -> Decoded:
     """Random logits in place of the network's, each a leaf."""
-    maps = {
+    model = narrow(classes, Decoded)
+    model.maps = {
         "main": 2 * torch.randn(layers, images, queries, side, side),
-        "classes": torch.randn(layers, images, queries, model.num_classes + 1),
+        "classes": torch.randn(layers, images, queries, classes + 1),
     }
-    model.score_maps = lambda image: maps
-    return maps
+    return model
 
 
 @pytest.fixture
@@ -283,15 +292,14 @@ def costs(monkeypatch) -> list[Tensor]:
 @pytest.mark.parametrize("size", [(32, 32), (27, 18)])
 def test_losses_are_those_of_the_best_assignment(classes, queries, size):
     torch.manual_seed(classes)
-    model = narrow(classes)
-    maps = stub(model, queries=queries)
+    model = stub(classes, queries=queries)
     mask = torch.randint(0, max(2, classes), (2, *size))
     mask[0, 3:11, :9] = IGNORE
     mask[1][mask[1] == 0] = 1 if classes > 1 else 0  # an image without one of the classes
     terms = model.losses({"image": torch.zeros(2, 3, *size), "mask": mask})
     each = [
         by_hand(c.double().numpy(), m.double().numpy(), mask.numpy(), classes)
-        for c, m in zip(maps["classes"], maps["main"], strict=True)
+        for c, m in zip(model.maps["classes"], model.maps["main"], strict=True)
     ]
     if classes > 1:
         assert len({str(chosen) for _, chosen in each}) > 1  # each layer has an assignment of its own
@@ -310,22 +318,20 @@ def test_focal_and_dice_by_hand():
 
 
 def test_ignored_pixels_have_no_gradient():
-    model = narrow()
-    maps = stub(model)
-    maps["main"].requires_grad_()
+    model = stub()
+    model.maps["main"].requires_grad_()
     mask = torch.randint(0, 3, (2, 32, 32))
     mask[:, :, 16:] = IGNORE
     sum(model.losses({"image": torch.zeros(2, 3, 32, 32), "mask": mask}).values()).backward()
-    gradient = maps["main"].grad.abs().sum(dim=(0, 1, 2, 3))
+    gradient = model.maps["main"].grad.abs().sum(dim=(0, 1, 2, 3))
     assert (gradient[5:] == 0).all() and (gradient[:4] > 0).all()  # the column at the border reaches over it
 
 
 def test_image_of_ignored_pixels_alone_adds_nothing():
-    model, mask = narrow(), torch.randint(0, 3, (2, 32, 32))
+    model, mask = stub(), torch.randint(0, 3, (2, 32, 32))
     mask[1] = IGNORE
-    maps = stub(model)
     both = model.losses({"image": torch.zeros(2, 3, 32, 32), "mask": mask})
-    model.score_maps = lambda image: {name: value[:, :1] for name, value in maps.items()}
+    model.maps = {name: value[:, :1] for name, value in model.maps.items()}
     torch.testing.assert_close(both, model.losses({"image": torch.zeros(1, 3, 32, 32), "mask": mask[:1]}))
 
 
@@ -340,8 +346,7 @@ def test_batch_without_masks_is_finite_and_reaches_every_parameter(label):
 
 
 def test_weight_of_0_is_an_ignored_pixel(costs):
-    model, mask = narrow(), torch.randint(0, 3, (2, 32, 32))
-    stub(model)
+    model, mask = stub(), torch.randint(0, 3, (2, 32, 32))
     hidden = torch.rand(2, 32, 32) < 0.3
     image = torch.zeros(2, 3, 32, 32)
     expected = model.losses({"image": image, "mask": mask.masked_fill(hidden, IGNORE)})
@@ -351,8 +356,7 @@ def test_weight_of_0_is_an_ignored_pixel(costs):
 
 
 def test_number_of_masks_is_the_mean_over_processes(monkeypatch):
-    model, mask = narrow(), torch.randint(0, 3, (2, 32, 32))
-    stub(model)
+    model, mask = stub(), torch.randint(0, 3, (2, 32, 32))
     batch = {"image": torch.zeros(2, 3, 32, 32), "mask": mask}
     alone = model.losses(batch)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
@@ -365,9 +369,8 @@ def test_number_of_masks_is_the_mean_over_processes(monkeypatch):
 
 
 def test_losses_are_computed_in_float32_under_autocast(costs):
-    model = narrow()
-    maps = {name: value.bfloat16() for name, value in stub(model).items()}
-    model.score_maps = lambda image: maps
+    model = stub()
+    model.maps = {name: value.bfloat16() for name, value in model.maps.items()}
     batch = {"image": torch.zeros(2, 3, 32, 32), "mask": torch.randint(0, 3, (2, 32, 32))}
     expected = model.losses(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -378,8 +381,8 @@ def test_losses_are_computed_in_float32_under_autocast(costs):
 
 
 def test_diverged_network_gives_a_loss_that_is_not_finite_instead_of_an_error():
-    model = narrow()
-    stub(model)["main"][:] = torch.nan
+    model = stub()
+    model.maps["main"][:] = torch.nan
     terms = model.losses({"image": torch.zeros(2, 3, 32, 32), "mask": torch.randint(0, 3, (2, 32, 32))})
     assert not terms["mask"].isfinite()
 

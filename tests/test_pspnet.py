@@ -3,15 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import count
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from segmentation.architectures.backbones.resnet import ResNet
 from segmentation.architectures.pspnet import PSPNet, PyramidPooling, RegionMeans
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,88 @@
-"""DeepLab v1 with multi-scale prediction (DeepLab-MSc) and in other widths."""
+"""DeepLab v1 by hand, then with multi-scale prediction (DeepLab-MSc) against a second writing-down."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import count
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 from segmentation.architectures.deeplabv1 import DeepLabV1
+from segmentation.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [
+        (lambda: DeepLabV1(21), 20_505_429),
+        (lambda: DeepLabV1(11), 20_495_179),
+        (lambda: DeepLabV1(21, fc7_padding=1, dropout="channel"), 20_505_429),
+    ],
+)
+def test_parameter_counts_equal_the_papers(build, parameters):
+    with torch.device("meta"):
+        model = build()
+    assert count(model) == parameters
+
+
+@pytest.mark.parametrize(("padding", "side"), [(0, 40), (1, 42)])
+def test_deeplabv1_score_map_sizes(padding, side):
+    with torch.device("meta"):
+        model = DeepLabV1(21, fc7_padding=padding)
+        assert model.score_maps(torch.empty(1, 3, 320, 320))["main"].shape[-2:] == (side, side)
+
+
+def test_deeplabv1_loss_uses_every_eighth_label():
+    torch.manual_seed(0)
+    model = DeepLabV1(3).eval()
+    image, mask = torch.rand(1, 3, 41, 49), torch.randint(0, 3, (1, 41, 49))
+    scores = model.score_maps(model.preprocess(image))["main"]
+    picked = torch.tensor([[mask[0, 8 * i, 8 * j] for j in range(7)] for i in range(6)])[None]
+    loss = model.losses({"image": image, "mask": mask})["main"]
+    torch.testing.assert_close(loss, F.cross_entropy(scores, picked))
+
+
+@pytest.mark.parametrize("size", [(41, 49), (40, 44)])
+def test_deeplabv1_puts_score_j_at_pixel_8j_as_its_loss_does(size):
+    """Scores that equal their own position come out as a ramp over the pixels."""
+    height, width = (-(-side // 8) for side in size)
+    ramp = torch.stack(
+        [8.0 * torch.arange(width).expand(height, width), 8.0 * torch.arange(height)[:, None].expand(height, width)]
+    )
+
+    class Ramp(DeepLabV1):
+        def score_maps(self, image: Tensor) -> dict[str, Tensor]:
+            return {"main": ramp[None]}
+
+    logits = Ramp(2).eval()(torch.zeros(1, 3, *size))
+    assert logits.shape == (1, 2, *size)
+    torch.testing.assert_close(logits[0, 0, 0], torch.arange(size[1]).clamp(max=8 * (width - 1)).float())
+    torch.testing.assert_close(logits[0, 1, :, 0], torch.arange(size[0]).clamp(max=8 * (height - 1)).float())
+
+
+def test_deeplabv1_takes_vgg16_as_the_paper_does(monkeypatch):
+    state = {}
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    indices = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    for index, inputs, outputs in zip(indices, widths, widths[1:], strict=False):
+        state[f"features.{index}.weight"] = torch.full((outputs, inputs, 3, 3), float(index))
+        state[f"features.{index}.bias"] = torch.full((outputs,), float(index))
+    taps = torch.arange(49.0).view(1, 1, 7, 7).expand(4096, 512, 7, 7)
+    state["classifier.0.weight"], state["classifier.0.bias"] = taps.reshape(4096, -1), torch.arange(4096.0)
+    state["classifier.3.weight"] = torch.arange(4096.0)[:, None] * 4096 + torch.arange(4096.0)
+    state["classifier.3.bias"] = torch.arange(4096.0)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    model = DeepLabV1(21, weights="imagenet")
+    assert model.conv1[0].weight.unique().tolist() == [0.0] and model.conv5[4].weight.unique().tolist() == [28.0]
+    assert model.fc6.weight[0, 0].tolist() == [[0, 3, 6], [21, 24, 27], [42, 45, 48]]
+    keep6, keep7 = model.fc6.bias, model.fc7.bias
+    assert len(keep6.unique()) == len(keep7.unique()) == 1024
+    torch.testing.assert_close(model.fc7.weight[:, :, 0, 0], keep7[:, None] * 4096 + keep6)
+
+
+# Multi-scale prediction
 
 MAPS = ((3, 8), (64, 4), (128, 2), (256, 1), (512, 1))  # channels of the image and four poolings, strides to 1/8
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def test_parameter_counts_by_hand():
@@ -120,10 +191,12 @@ def test_other_classes_leave_both_classifiers_fresh(tmp_path, capsys, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"fc7_padding": 2}, "fc7_padding"),
+        ({"num_classes": 0}, "num_classes"),
         ({"multi_scale": True, "fc7_padding": 1}, "multi_scale: true needs fc7_padding: 0"),
         ({"train_only_multi_scale": True}, "train_only_multi_scale: true needs multi_scale: true"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
-    with torch.device("meta"), pytest.raises(ValueError, match=message):
-        DeepLabV1(21, **arguments)
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        DeepLabV1(**{"num_classes": 21, **arguments})
