@@ -15,7 +15,7 @@ from PIL import Image
 
 from datamodules import Folder
 from segmentation import MaskFormer, UNet
-from segmentation.callbacks import DenseCRF
+from segmentation.callbacks import DenseCRF, PredictionWriter
 from segmentation.cli import sentence
 from segmentation.commands.tune_crf import Search
 from segmentation.crf import CRF, PRESETS, Lattice, grid_lattice, refine
@@ -251,6 +251,17 @@ def test_predict_hands_refined_probabilities_on(scene):
         torch.testing.assert_close(result["probs"], refine(probs, image, crf), atol=1e-4, rtol=0)
 
 
+def test_predict_refuses_a_writer_that_stands_before_the_crf(scene, tmp_path):
+    data, model, _ = scene
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [PredictionWriter(tmp_path / "out"), DenseCRF(workers=0)]
+    with pytest.raises(UserError, match="put DenseCRF before it"):
+        L.Trainer(accelerator="cpu", callbacks=callbacks, **quiet).predict(model, data)
+    assert not (tmp_path / "out").exists()
+    L.Trainer(accelerator="cpu", callbacks=callbacks[::-1], **quiet).predict(model, data)
+    assert len(list((tmp_path / "out/masks").iterdir())) == 5
+
+
 def test_nan_names_the_picture(scene):
     model = scene[1]
     model.told = {key: value * (torch.nan if i == 3 else 1) for i, (key, value) in enumerate(model.told.items())}
@@ -358,6 +369,6 @@ def test_search_scores_each_setting_once_and_by_the_whole_set(tmp_path):
 
 def test_configs_of_the_papers_have_their_crf():
     for name, preset in (("deeplabv1_voc", "deeplabv1_largefov"), ("deeplabv2_voc", "deeplabv2")):
-        callbacks = yaml.safe_load((PROJECT / f"configs/{name}.yaml").read_text())["trainer"]["callbacks"]
+        callbacks = yaml.safe_load((PROJECT / f"configs/{name}.yaml").read_text())["trainer"]["callbacks+"]
         crf = next(c for c in callbacks if c["class_path"] == "segmentation.callbacks.DenseCRF")
         assert crf["init_args"]["preset"] == preset

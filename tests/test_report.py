@@ -1,6 +1,9 @@
-"""What `validate` and `test` leave: tables, results.json, pictures, and the scores of further callbacks."""
+"""What `validate` and `test` write: tables, results.json, pictures, and the metrics of further callbacks."""
 
+import importlib
+import inspect
 import json
+import textwrap
 
 import lightning as L
 import pytest
@@ -10,11 +13,20 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryJaccardIndex, MulticlassConfusionMatrix, MulticlassJaccardIndex
+from torchmetrics.functional.classification import multiclass_cohen_kappa
 
 from segmentation import UNet
-from segmentation.callbacks import BoundaryScores, EMScores, Report
-from segmentation.callbacks.report import NUMBERS, class_table, further_table, kind, number
+from segmentation.callbacks import (
+    BoundaryScores,
+    DenseCRF,
+    EMScores,
+    EvaluationCallback,
+    EvaluationMetric,
+    PredictionLogger,
+    Report,
+)
 from segmentation.callbacks.report_pictures import draw_confusion, draw_iou
+from segmentation.callbacks.report_tables import NUMBERS, class_table, further_table, kind, number
 from segmentation.metrics import BoundaryIoU, TrimapIoU, confusion_metrics
 from segmentation.metrics.membranes import EMErrors
 
@@ -22,7 +34,7 @@ NAMES = ["a", "b", "c"]
 
 
 def batches(count: int = 3, void: bool = True) -> DataLoader:
-    """Images whose grey tells the label, each a batch; there is no class ``c``."""
+    """Return batches of one image each; its brightness shows the label, and class ``c`` does not occur."""
     torch.manual_seed(0)
     mask = torch.nn.functional.interpolate(torch.randn(count, 1, 4, 5), (32, 40), mode="bilinear")[:, 0] > 0
     image = (mask[:, None] + 0.3 * torch.randn(count, 3, 32, 40)).clamp(0, 1)
@@ -34,16 +46,16 @@ def batches(count: int = 3, void: bool = True) -> DataLoader:
     return DataLoader(samples, batch_size=1)
 
 
-def network(classes: int) -> UNet:
-    """One that has learnt nothing, but tells light from dark, and never says ``c``."""
-    model = UNet(classes, base_channels=4)
+class Brightness(UNet):
+    """A network that separates light pixels from dark ones, and never predicts class ``c``."""
 
-    def forward(image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         light = image[:, :1]
-        return light if classes == 1 else torch.cat([-light, light, light - 9], dim=1)[:, :classes]
+        return light if self.num_classes == 1 else torch.cat([-light, light, light - 9], dim=1)[:, : self.num_classes]
 
-    model.forward = forward
-    return model
+
+def network(classes: int) -> UNet:
+    return Brightness(classes, base_channels=4)
 
 
 def trainer(folder, *callbacks, **kwargs) -> L.Trainer:
@@ -127,6 +139,71 @@ def test_within_fit_further_scores_cost_nothing(tmp_path):
     logged = {key.partition("/")[2] for key in run.callback_metrics}
     assert "miou" in logged and "image_iou" in logged and not {"boundary_iou", "rand_error"} & logged
     assert not (tmp_path / "run/0/results.json").exists()
+
+
+class Calls(EvaluationCallback):
+    """A callback that lists its calls."""
+
+    def __init__(self, *phases: str, every_n_epochs: int = 1) -> None:
+        self.phases, self.every_n_epochs, self.calls = phases, every_n_epochs, []
+
+    def begin(self, trainer, module, split):
+        self.calls.append(f"begin {split}")
+
+    def update(self, trainer, module, outputs, batch):
+        self.calls.append(batch["name"][0])
+
+    def end(self, trainer, module, split):
+        assert module.confusion.compute().sum() > 0  # not yet logged and reset
+        self.calls.append("end")
+
+    def report(self, trainer, module, split):
+        assert module.confusion.compute().sum() == 0 and f"{split}/miou" in trainer.callback_metrics
+        self.calls.append(f"report {split}")
+
+
+def test_an_evaluation_callback_works_in_its_phases_and_not_in_the_sanity_check(tmp_path):
+    in_val, in_test = (["begin " + split, "0", "1", "2", "end", "report " + split] for split in ("val", "test"))
+    for verb, expected in (("validate", in_val), ("test", in_test)):
+        callbacks = [Calls("validate", "test"), Calls(verb), Calls("fit")]
+        getattr(trainer(tmp_path, *callbacks), verb)(network(2), batches(), verbose=False)
+        assert [callback.calls for callback in callbacks] == [expected, expected, []]
+    callbacks = [Calls("validate", "test"), Calls("fit", every_n_epochs=3)]
+    run = trainer(tmp_path, *callbacks, max_epochs=6, limit_train_batches=1, num_sanity_val_steps=1)
+    run.fit(UNet(2, base_channels=4), batches(void=False), batches(void=False))
+    assert [call.partition(" ")[0] for call in callbacks[1].calls] == 2 * ["begin", "0", "1", "2", "end", "report"]
+    assert callbacks[0].calls == []
+
+
+def test_the_example_of_a_further_metric_has_15_lines_and_is_logged_and_reported(tmp_path, monkeypatch):
+    code = textwrap.dedent(inspect.getdoc(EvaluationMetric).partition("::\n\n")[2])
+    assert len(code.splitlines()) <= 15 and "class Kappa" in code
+    (tmp_path / "kappa.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    kappa, model, loader = importlib.import_module("kappa").Kappa(), network(2), batches()
+    labels = torch.cat([model(model.preprocess(batch["image"])).argmax(1) for batch in loader])
+    masks = torch.cat([batch["mask"] for batch in loader])
+    expected = float(multiclass_cohen_kappa(labels, masks, 2, ignore_index=255))
+    assert 0.1 < expected < 0.95
+    for verb, split in (("validate", "val"), ("test", "test"), ("test", "test")):  # a second run starts from 0
+        run = trainer(tmp_path, Report(), kappa)
+        getattr(run, verb)(model, loader, verbose=False)
+        assert float(run.callback_metrics[f"{split}/kappa"]) == pytest.approx(expected)
+        row = next(s for s in (tmp_path / "run/0/report.txt").read_text().splitlines() if s.startswith("| kappa "))
+        assert number(expected) in row
+
+
+def test_the_report_does_not_depend_on_the_order_of_callbacks(tmp_path):
+    texts, files = [], []
+    for name in ("first", "last"):
+        others = [DenseCRF(workers=0), BoundaryScores(widths=[3]), PredictionLogger()]
+        callbacks = [Report(), *others] if name == "first" else [*others, Report()]
+        trainer(tmp_path / name, *callbacks).test(network(3), batches(), verbose=False)
+        folder = tmp_path / name / "run/0"
+        texts.append((folder / "report.txt").read_text().replace(str(folder), ""))
+        files.append((folder / "results.json").read_text())
+    assert texts[0] == texts[1] and files[0] == files[1]
+    assert all(word in texts[0] for word in ("with CRF", "boundary", "within 3 px", "/panel.png", "/crf.png"))
 
 
 class Refined(L.Callback):

@@ -1,4 +1,4 @@
-"""Writes what `predict` finds: index masks, overlays and a line of JSON per image."""
+"""The files of `predict`: index masks, overlays and a line of JSON per image."""
 
 import json
 from pathlib import Path
@@ -13,16 +13,16 @@ from ..pictures import index_mask, overlay, rgb
 
 
 class PredictionWriter(BasePredictionWriter):
-    """For an image ``NAME``: ``masks/NAME.png``, ``overlays/NAME.jpg`` and a line of ``predictions.jsonl``.
+    """A writer of ``masks/NAME.png``, ``overlays/NAME.jpg`` and a line of ``predictions.jsonl`` per image ``NAME``.
 
-    A mask is an 8-bit palette PNG at the image's size whose values are the labels; its colours are the data set's. A
-    line holds the name, the size and each class's share of the pixels. Results are written image by image and never
-    collected. With several processes each writes its own share.
+    A mask is an 8-bit palette PNG at the image's size. Its values are the labels, and its colours are the data set's. A
+    line holds the name, the size and each class's share of the pixels. The writer writes image by image, and keeps no
+    results in memory. With several processes, each writes the images that it predicts.
 
     Args:
         output_dir: folder for the results.
-        overwrite: replace files of an earlier run; by default they stop this one before it starts.
-        opacity: of the colours in overlays, 0 to 1.
+        overwrite: replace the files of an earlier run; by default, `predict` stops before it starts if there are any.
+        opacity: opacity of the colours in overlays, 0 to 1.
 
     Raises:
         UserError: at the start, if a file to be written exists and `overwrite` is false.
@@ -33,11 +33,11 @@ class PredictionWriter(BasePredictionWriter):
         self.output_dir, self.overwrite, self.opacity = Path(output_dir), overwrite, opacity
 
     def files(self, name: str) -> tuple[Path, Path]:
-        """Mask and overlay of an image."""
+        """Return the paths of an image's mask and overlay."""
         return self.output_dir / "masks" / f"{name}.png", self.output_dir / "overlays" / f"{name}.jpg"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look for files that would be overwritten, and begin a new list."""
+        """Look for files that would be overwritten, and start an empty list."""
         listing = self.output_dir / "predictions.jsonl"
         loader: Any = trainer.predict_dataloaders
         names = [sample.name for sample in loader.dataset.samples]
@@ -78,6 +78,6 @@ class PredictionWriter(BasePredictionWriter):
                 file.write(json.dumps(line) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the results are."""
+        """Print the folder of the results."""
         if trainer.is_global_zero:
             print(f"predictions  {self.output_dir}/masks, overlays, predictions.jsonl")

@@ -14,7 +14,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         metrics: Lightning's ``metrics.csv``, with columns ``step``, ``train/loss``, ``val/loss``, ``val/miou``.
         picture: PNG to write.
     """
-    from matplotlib.figure import Figure  # 0.3 s to import, and needed only here; no pyplot: no global state
+    from matplotlib.figure import Figure  # takes 0.3 s to import; pyplot would keep global state
 
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -38,7 +38,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
 
 def draw_confusion(matrix: Tensor, class_names: Sequence[str], picture: Path) -> None:
-    """Draw what becomes of the pixels of each class: the matrix as per cent of its rows.
+    """Draw the confusion matrix, each row in per cent of the pixels of its true class.
 
     Args:
         matrix: ``(K, K)``, pixels of true class (row) predicted as class (column).
@@ -48,7 +48,7 @@ def draw_confusion(matrix: Tensor, class_names: Sequence[str], picture: Path) ->
     from matplotlib.figure import Figure
 
     count = len(class_names)
-    share = (100 * matrix.double() / matrix.sum(dim=1, keepdim=True)).numpy()  # nan, left grey, without a true pixel
+    share = (100 * matrix.double() / matrix.sum(dim=1, keepdim=True)).numpy()  # nan without true pixels: drawn grey
     side = min(14.0, 2.5 + 0.5 * count)  # inches
     font = min(10.0, 50 * side / count)
     figure = Figure(figsize=(side + 0.6, side), layout="constrained")
@@ -71,12 +71,12 @@ def draw_confusion(matrix: Tensor, class_names: Sequence[str], picture: Path) ->
 
 
 def draw_iou(iou: Sequence[float], class_names: Sequence[str], miou: float, picture: Path) -> None:
-    """Draw a bar per class, best first, and their mean; classes that do not occur are left out.
+    """Draw a bar per class, the best on top, and a line at their mean; leave out classes that do not occur.
 
     Args:
-        iou: one per class, nan for one that does not occur.
+        iou: one number per class, nan for a class that does not occur.
         class_names: one per class.
-        miou: the mean.
+        miou: mean IoU.
         picture: PNG to write.
     """
     from matplotlib.figure import Figure
