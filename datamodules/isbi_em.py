@@ -18,18 +18,18 @@ from .files import Sample, decoding, folder_of, pair
 
 @dataclass(frozen=True)
 class Page(Sample):
-    """One page of a stack of pictures and of a stack of masks."""
+    """One page of a stack of images and the same page of a stack of masks."""
 
     page: int = 0
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Decode: image ``(1, H, W)``, mask ``(H, W)``, both uint8."""
+        """Decode the page: image ``(1, H, W)``, mask ``(H, W)``, both uint8."""
         image, mask = (read_page(path, self.page) for path in (self.image, self.mask))
         return image[None], mask
 
 
 def read_page(path: Path | None, page: int) -> Tensor:
-    """Decode one page of a TIFF: ``(H, W)``."""
+    """Decode one page of a TIFF stack: ``(H, W)``."""
     import tifffile  # only stacks need it
 
     assert path is not None
@@ -38,22 +38,24 @@ def read_page(path: Path | None, page: int) -> Tensor:
 
 
 class ISBIEM(SegmentationDataModule):
-    """Thirty slices of 512 x 512 pixels, grey, of a fly's nerve cord: cells (1) and the membranes between them (0).
+    """Thirty grey slices of 512 x 512 pixels of a fly's nerve cord: cells (1) and the membranes between them (0).
 
-    Layout, either the challenge's stacks, ``train-volume.tif`` and ``train-labels.tif`` of 30 pages, or folders of
-    pictures named by their slice, ``images/`` and ``masks/`` (or ``train/image/`` and ``train/label/``). The labels
-    of ``test-volume.tif`` are not public, so the last slices are held out; neighbours look alike, so they are the
-    last ones and no random choice.
+    Layout, either the challenge's stacks of 30 pages, ``train-volume.tif`` and ``train-labels.tif``; or folders of
+    images named by their slice, ``images/`` and ``masks/`` (or ``train/image/`` and ``train/label/``).
+
+    The labels of ``test-volume.tif`` are not public, so the last slices of the training volume are held out.
+    Neighbouring slices look alike, so a random choice would leak.
 
     Get it: imagej.net/events/isbi-2012-segmentation-challenge, for research; 24 MB.
 
     Args:
         root: folder that holds the stacks or folders.
-        held_out: how many of the last slices make up the split ``val``.
-        **kwargs: see `SegmentationDataModule`; `test_split` is ``val``.
+        held_out: number of slices, the last ones, that form the split ``val``.
+        test_split: the split that `test` reads; there is no labelled test split.
+        **kwargs: see `SegmentationDataModule`.
 
     Raises:
-        UserError: if nothing is held out.
+        UserError: if `held_out` is below 1.
     """
 
     class_names = ("membrane", "cell")
@@ -71,15 +73,15 @@ class ISBIEM(SegmentationDataModule):
     def __init__(self, root: str | None = None, held_out: int = 4, test_split: str = "val", **kwargs: Any) -> None:
         super().__init__(root, test_split=test_split, **kwargs)
         if held_out < 1:
-            raise UserError(f"data.held_out must leave a slice to validate on, got {held_out}")
+            raise UserError(f"data.held_out must be at least 1, so that validation has a slice, got {held_out}")
         self.held_out = held_out
         self.expected_counts = {"train": 30 - held_out, "val": held_out}
 
     def samples(self, split: str) -> list[Sample]:
-        """List the slices in their order; the last `held_out` are ``val``.
+        """List the slices in their order; the last `held_out` form ``val``, the others ``train``.
 
         Raises:
-            UserError: if there are neither stacks nor folders.
+            UserError: if the root holds neither stacks nor folders.
         """
         root = folder_of(self.root, f"train-volume.tif and train-labels.tif, or images/ and masks/ ({self.source})")
         volume, labels = root / "train-volume.tif", root / "train-labels.tif"

@@ -1,6 +1,7 @@
 """Every config is complete: it parses, states its header, and trains the network that it names on the data it names."""
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from conftest import PROJECT, column, rows
 from trees import (
     draw_ade20k,
+    draw_camvid,
     draw_cityscapes,
     draw_isbi_em,
     draw_voc,
@@ -23,7 +25,10 @@ import segmentation
 from segmentation.cli import CLI, main
 from segmentation.messages import plain
 
-CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
+FOLDER = PROJECT / "configs"
+DEBUG = FOLDER / "debug.yaml"  # is added to a config
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {DEBUG})
+RESULT = re.compile(r"# (Published|Must reach): (.+)\. Measured: (.+)\.")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,7 @@ def parser():
         def instantiate_classes(self):
             raise Parsed(self.config)
 
+    @functools.cache
     def parse(file):
         with pytest.raises(Parsed) as caught:
             Stop(["fit", "--config", str(file)])
@@ -49,16 +55,63 @@ def parser():
 def test_config_is_complete(file, parser):
     lines = file.read_text().splitlines()
     assert all(line.startswith("# ") for line in lines[:4]) and not lines[4].startswith("#")
-    assert f"configs/{file.name}" in lines[2] or file.stem in lines[2]
+    result = RESULT.fullmatch(lines[1])
+    assert result and (result[3].startswith("not run") or re.search(r"commit [0-9a-f]{7}\b", result[3]))
+    assert f"lightning fit --config configs/{file.name}" in lines[2] and lines[3].startswith("# Differs from the paper")
     assert max(len(line) for line in lines) <= 120
-    assert list(yaml.safe_load(file.read_text())) == ["seed_everything", "trainer", "model", "data"]
+    written = yaml.safe_load("\n".join(lines))
+    assert list(written) == ["seed_everything", "trainer", "model", "data"]
     config = parser(file)
     names = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
-    assert names[:2] == ["ModelCheckpoint", "ModelCheckpoint"] and names[-1] == "Report"
-    assert config.trainer.logger[0].init_args.name == file.stem
+    assert names[:3] == ["ModelCheckpoint", "ModelCheckpoint", "LearningRateMonitor"]
+    assert names.count("Report") == names.count("PredictionLogger") == 1
+    added = [callback["class_path"].rpartition(".")[2] for callback in written["trainer"].get("callbacks+", [])]
+    assert len(names) == len({*names, *added}) + 1  # two are called ModelCheckpoint
+    assert config.trainer.logger[0].init_args.name == config.trainer.logger[1].init_args.group == file.stem
     facts = getattr(datamodules, config.data.class_path.rpartition(".")[2])
     classes = getattr(config.data.init_args, "class_names", None) or facts.class_names
     assert max(2, config.model.init_args.num_classes) == len(classes)  # one logit tells two classes apart
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_model_normalises_as_the_data_set_states_or_the_header_says_why_not(file, parser):
+    config = parser(file)
+    facts = getattr(datamodules, config.data.class_path.rpartition(".")[2])
+    model = config.model.init_args
+    differs = bool(facts.mean) and (tuple(model.mean), tuple(model.std)) != (tuple(facts.mean), tuple(facts.std))
+    header = " ".join(file.read_text().splitlines()[:4])
+    assert differs == ("mean 0, std 1/255" in header)
+
+
+def test_configs_are_short_together():
+    assert sum(len(file.read_text().splitlines()) for file in (*CONFIGS, DEBUG)) <= 1300
+
+
+def test_table_lists_every_config_with_what_its_header_says():
+    table = (FOLDER / "README.md").read_text()
+    expected = []
+    for file in CONFIGS:
+        result = RESULT.fullmatch(file.read_text().splitlines()[1])
+        config = yaml.safe_load(file.read_text())
+        value = result[2] if result[1] == "Published" else f"must reach {result[2]}"
+        cells = (config["model"]["class_path"], config["data"]["class_path"], value, result[3])
+        expected.append(f"| [{file.stem}]({file.name}) | {' | '.join(cells)} |")
+    assert [line for line in table.splitlines() if line.startswith("| [")] == expected
+    assert DEBUG.name in table
+
+
+@pytest.mark.slow
+def test_debug_config_goes_over_any_config(tmp_path, monkeypatch):
+    """The data and the classes are replaced, the network is the config's, and the run leaves its folder."""
+    monkeypatch.chdir(tmp_path)
+    files = ["--config", str(FOLDER / "deeplabv3plus_wildfire.yaml"), "--config", str(DEBUG)]
+    main(["fit", *files, "--model.weights", "null", "--model.base_channels", "8"])
+    run = tmp_path / "logs/debug/version_0"
+    assert len(column(run, "train/loss")) == 4 and len(column(run, "val/miou")) == 2
+    assert (run / "checkpoints/best.ckpt").is_file() and (run / "config.yaml").is_file()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "segmentation.DeepLabV3Plus"
+    assert config["model"]["init_args"]["output_stride"] == 8 and config["data"]["init_args"]["num_workers"] == 0
 
 
 @pytest.mark.parametrize(
@@ -106,6 +159,7 @@ def drawn(tmp_path_factory):
         "VOC": lambda root, _: draw_voc_and_aug(root),
         "Cityscapes": lambda root, _: draw_cityscapes(root, 4, 2, SIDES),
         "ADE20K": lambda root, _: draw_ade20k(root, 4, 2, SIDES),
+        "CamVid": lambda root, _: draw_camvid(root, {"train": 4, "val": 2}, SIDES),
         "ISBIEM": lambda root, _: draw_isbi_em(root, 8, SIDES[0]),  # four are held out
         "Wildfire": lambda root, _: draw_wildfire(root),
     }

@@ -13,6 +13,7 @@ from trees import (
     HEIGHT,
     WIDTH,
     draw_ade20k,
+    draw_camvid,
     draw_cityscapes,
     draw_isbi_em,
     draw_voc,
@@ -170,6 +171,35 @@ def test_oxford_pets_as_torchvision_reads_it(tmp_path):
     assert set(mask.unique().tolist()) == {0, 1, 255}
 
 
+# CamVid
+
+
+def test_camvid_of_segnet_and_in_two_folders_gives_the_same_pairs(tmp_path):
+    counts = {"train": 3, "val": 2}
+    draw_camvid(tmp_path / "segnet", counts | {"test": 2}, segnet=True)
+    draw_camvid(tmp_path / "folders", counts)
+    segnet, folders = (CamVid(tmp_path / name, batch_size=1) for name in ("segnet", "folders"))
+    segnet.setup("fit"), folders.setup("fit")
+    for split, count in counts.items():
+        assert [s.name for s in segnet.samples(split)] == [s.name for s in folders.samples(split)]
+        assert len(folders.datasets[split]) == count
+        for i in range(count):
+            (image, mask), (expected, truth) = folders.datasets[split].read(i), segnet.datasets[split].read(i)
+            assert torch.equal(image, expected) and torch.equal(mask, truth)
+            assert set(mask.unique().tolist()) == {*range(11), 255}
+    segnet.setup("test")
+    assert len(segnet.datasets["test"]) == 2
+
+
+def test_camvid_without_test_frames_tests_on_val_or_names_the_folder(tmp_path):
+    draw_camvid(tmp_path, {"train": 1, "val": 2})
+    data = CamVid(tmp_path, test_split="val")
+    data.setup("test")
+    assert len(data.datasets["test"]) == 2
+    with pytest.raises(UserError, match=r"images/test does not exist"):
+        CamVid(tmp_path).setup("test")
+
+
 # ISBI EM
 
 
@@ -188,6 +218,8 @@ def test_isbi_em_as_stacks_and_as_folders(tmp_path):
             image, mask = data.datasets[role].read(index)
             assert np.array_equal(image[0], volume[page]) and np.array_equal(mask * 255, masks[page])
     assert next(iter(data.val_dataloader()))["image"].shape == (1, 1, 32, 32)
+    with pytest.raises(UserError, match=r"held_out must be at least 1.*got 0"):
+        ISBIEM(tmp_path / "stacks", held_out=0)
 
 
 # Wildfire

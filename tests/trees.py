@@ -78,6 +78,26 @@ def draw_ade20k(root: Path, train: int = 1, val: int = 1, shape: tuple[int, int]
             save(base / f"annotations/{name}.png", labels(i, [0, 1, 150], shape))
 
 
+def draw_camvid(root: Path, splits: dict[str, int], shape: tuple[int, int] = SHAPE, segnet: bool = False) -> None:
+    """SegNet's folders and lists, or ``images/`` and ``masks/``; the masks hold labels 0 to 10 and void, 11.
+
+    Args:
+        root: folder to draw into.
+        splits: number of frames of each split.
+        shape: height and width of a frame in pixels.
+        segnet: draw SegNet's layout.
+    """
+    for split, count in splits.items():
+        images, masks = (split, f"{split}annot") if segnet else (f"images/{split}", f"masks/{split}")
+        names = [f"0001TP_{i:06d}.png" for i in range(count)]
+        for i, name in enumerate(names):
+            save(root / images / name, picture(i, shape))
+            save(root / masks / name, labels(i, range(12), shape))
+        if segnet:
+            lines = [f"/SegNet/CamVid/{images}/{name} /SegNet/CamVid/{masks}/{name}" for name in names]
+            (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
 def em_slices(count: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Volume and masks ``(count, size, size)``."""
     masks = np.stack([labels(i, [0, 255, 255, 255, 255], (size, size)) for i in range(count)])
