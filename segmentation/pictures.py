@@ -1,4 +1,4 @@
-"""Pictures of labels: colours, overlays, errors, changes, and panels of them."""
+"""Pictures of labels: in colours, as overlays, as maps of errors and changes, and panels of these."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-IGNORE = 255
+from .losses import IGNORE
+
 Palette = Sequence[Sequence[int]]
 
 
 def rgb(image: Tensor) -> np.ndarray:
-    """Show stored pixels: ``(C, H, W)`` of any type to uint8 ``(H, W, 3)``, the first three channels or grey."""
+    """Convert stored pixels for display: ``(C, H, W)`` of any type to uint8 ``(H, W, 3)``.
+
+    An image of one or two channels becomes grey, and of more than three channels the first three are shown. Types
+    other than uint8 are stretched from their lowest to their highest value.
+    """
     pixels = image.detach().float().cpu().numpy()
     pixels = pixels[[0, 0, 0]] if len(pixels) < 3 else pixels[:3]
     if str(image.dtype) != "torch.uint8":
@@ -21,7 +26,7 @@ def rgb(image: Tensor) -> np.ndarray:
 
 
 def palette_bytes(palette: Palette) -> bytes:
-    """A PNG palette of 256 colours: the classes', black for unused labels, white for 255."""
+    """Return a PNG palette of 256 colours: those of the classes, black for unused labels, white for 255."""
     colours = np.zeros((256, 3), np.uint8)
     colours[IGNORE] = 255
     colours[: len(palette)] = palette
@@ -29,7 +34,7 @@ def palette_bytes(palette: Palette) -> bytes:
 
 
 def index_mask(labels: Tensor, palette: Palette) -> Image.Image:
-    """Labels ``(H, W)`` as a palette picture whose pixel values are the labels."""
+    """Build a palette picture whose pixel values are the labels ``(H, W)``."""
     picture = Image.fromarray(labels.byte().cpu().numpy())
     picture.putpalette(palette_bytes(palette))
     return picture
@@ -42,8 +47,8 @@ def overlay(image: np.ndarray, labels: Tensor, palette: Palette, opacity: float 
 
 
 def error_map(image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Image:
-    """Wrong pixels red over the faded grey image, ignored ones white."""
-    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.35 + 120
+    """Draw wrong pixels in red and ignored ones in white over the faded image."""
+    grey = faded(image)
     valid = (truth != IGNORE).cpu().numpy()
     grey[(truth != prediction).cpu().numpy() & valid] = (220, 20, 30)
     grey[~valid] = 255
@@ -51,8 +56,12 @@ def error_map(image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Ima
 
 
 def changes(image: np.ndarray, truth: Tensor, before: Tensor, after: Tensor) -> Image.Image:
-    """What a refinement changed: fixed green, broken red, wrong in another way yellow, over the faded grey image."""
-    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.35 + 120
+    """Draw the pixels that a refinement changed over the faded image, and ignored pixels in white.
+
+    Pixels that became right are green, those that became wrong red, and those that changed from one wrong label to
+    another yellow.
+    """
+    grey = faded(image)
     valid, changed = truth != IGNORE, before != after
     for pixels, colour in (
         (changed & (after == truth), (0, 160, 60)),
@@ -64,6 +73,11 @@ def changes(image: np.ndarray, truth: Tensor, before: Tensor, after: Tensor) -> 
     return Image.fromarray(grey.astype(np.uint8))
 
 
+def faded(image: np.ndarray) -> np.ndarray:
+    """Return an image uint8 ``(H, W, 3)`` as light grey floats of the same shape."""
+    return image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.35 + 120
+
+
 def panel(
     titles: Sequence[str],
     rows: Sequence[Sequence[Image.Image]],
@@ -71,14 +85,14 @@ def panel(
     class_names: Sequence[str],
     width: int = 240,
 ) -> Image.Image:
-    """Draw pictures side by side, a row per sample, over a legend of the classes.
+    """Draw pictures side by side, a row per sample, above a legend of the classes.
 
     Args:
-        titles: of the columns.
-        rows: pictures of one size in each row.
+        titles: titles of the columns.
+        rows: pictures, one per column; those of a row have one size.
         palette: one RGB colour per class.
-        class_names: one per class.
-        width: of each picture in pixels.
+        class_names: one name per class.
+        width: width of each picture in pixels.
     """
     font, gap = ImageFont.load_default(size=13), 6
     strips = []
@@ -87,7 +101,7 @@ def panel(
         resampling = [Image.Resampling.LANCZOS] + (len(cells) - 1) * [Image.Resampling.NEAREST]
         strips.append([cell.resize((width, height), how) for cell, how in zip(cells, resampling, strict=True)])
     total = len(titles) * width + (len(titles) + 1) * gap
-    entries, x, y = [], gap, 0  # legend: position of each swatch, wrapped at the picture's width
+    entries, x, y = [], gap, 0  # legend: where each swatch is, wrapped at the panel's width
     for name in class_names:
         length = 28 + int(font.getlength(name))
         if x + length > total:

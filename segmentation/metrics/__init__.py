@@ -1,4 +1,4 @@
-"""What is reported: the confusion-matrix family, IoU near contours, and the errors of the ISBI 2012 challenge."""
+"""Metrics: those of the confusion matrix, IoU near contours, and the errors of the ISBI 2012 challenge."""
 
 from .boundary import BoundaryIoU, TrimapIoU
 from .confusion import ConfusionMatrix, confusion_metrics

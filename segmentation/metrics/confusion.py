@@ -1,4 +1,4 @@
-"""The metrics that papers report, from confusion matrices summed over the whole data set."""
+"""The metrics that most papers report, computed from a confusion matrix that is summed over the whole data set."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,19 @@ from ..losses import IGNORE
 def confusion_metrics(
     confusion: Tensor, class_names: Sequence[str], image_iou: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Compute the confusion-matrix family (Long et al., FCN, section 5), ignored pixels left out by the matrix.
+    """Compute IoU and accuracy in several averages (Long et al., FCN, section 5).
 
     Args:
-        confusion: ``(K, K)``, pixels of true class (row) predicted as class (column).
-        class_names: one per class.
-        image_iou: what `ConfusionMatrix.image_iou` gives, as no matrix of a whole set tells it; None leaves it out.
+        confusion: ``(K, K)``, pixels of true class (row) predicted as class (column), without ignored pixels.
+        class_names: one name per class.
+        image_iou: the result of `ConfusionMatrix.image_iou`, which a matrix of the whole set does not contain; None
+            leaves it out.
 
     Returns:
-        ``miou``, the mean of IoU over classes that occur in prediction or truth; ``micro_iou``, all hits over all
-        unions; ``image_iou``; ``pixel_acc``; ``mean_acc``, the mean of recall over classes that occur in truth;
-        ``fwiou``, IoU weighted by true frequency; and ``iou/<class>``, nan for a class that occurs nowhere. Scalars in
-        0..1.
+        scalars in 0..1: ``miou``, the mean of IoU over classes that occur in prediction or truth; ``micro_iou``, all
+        hits over all unions; ``image_iou``; ``pixel_acc``; ``mean_acc``, the mean of recall over classes that occur in
+        the truth; ``fwiou``, the mean of IoU weighted by true pixels; and ``iou/<class>``, which is nan for a class
+        that does not occur.
     """
     matrix = confusion.cpu().double()  # exact up to 2 ** 53 pixels
     hit, truth, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
@@ -42,10 +43,10 @@ def confusion_metrics(
 
 
 class ConfusionMatrix(Metric):
-    """Pixels of true class (row) predicted as class (column), summed over a data set and over processes.
+    """Counts of pixels by true class (row) and predicted class (column), over a data set and all processes.
 
-    Counted in 64-bit integers: exact for any data set. Pixels whose label is 255 are left out. Beside the matrix of
-    the set stands the mean over images of each image's own IoU, which no matrix of the set can tell.
+    The counts are 64-bit integers, so they are exact for any data set. Pixels with label 255 are left out. The metric
+    also averages mean IoU over images, because a matrix of the whole set does not contain it.
 
     Args:
         num_classes: K, at least 2.
@@ -63,7 +64,7 @@ class ConfusionMatrix(Metric):
         self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, labels: Tensor, mask: Tensor) -> None:
-        """Add predicted labels and the truth, both int64 ``(N, H, W)``."""
+        """Count predicted and true labels, both int64 ``(N, H, W)``."""
         size = self.num_classes
         cells = mask.masked_fill(mask == IGNORE, size)  # ignored pixels make a last row, which is cut off below
         cells = cells.mul_(size).add_(labels.to(mask.device)).flatten(start_dim=1)
@@ -72,16 +73,19 @@ class ConfusionMatrix(Metric):
         matrices = counts.view(-1, size + 1, size)[:, :size]  # (N, K, K)
         self.matrix += matrices.sum(dim=0)
         hit = matrices.diagonal(dim1=1, dim2=2)
-        union = matrices.sum(dim=1) + matrices.sum(dim=2) - hit  # (N, K), 0 for a class that an image lacks
-        present = (union > 0).sum(dim=1)  # (N,), 0 for an image without a labelled pixel, which counts nowhere
+        union = matrices.sum(dim=1) + matrices.sum(dim=2) - hit  # (N, K), 0 for a class that does not occur in an image
+        present = (union > 0).sum(dim=1)  # (N,), 0 for an image without labelled pixels, which is left out
         self.iou_sum += ((hit / union.clamp(min=1)).sum(dim=1) / present.clamp(min=1)).sum()
         self.images += (present > 0).sum()
 
     def compute(self) -> Tensor:
-        """The matrix: int64 ``(K, K)``."""
+        """Return the matrix, int64 ``(K, K)``."""
         return self.matrix
 
     def image_iou(self) -> Tensor:
-        """Mean over images of the mean IoU over classes that occur in an image's prediction or truth, as a scalar."""
+        """Return the mean over images of each image's mean IoU, a scalar.
+
+        The mean IoU of an image is over classes that occur in its prediction or truth.
+        """
         with self.sync_context():
             return self.iou_sum / self.images

@@ -1,10 +1,11 @@
-"""The errors of the ISBI 2012 challenge: cells in electron microscopy, told apart by the membranes between them.
+"""The errors of the ISBI 2012 challenge: cells in electron microscopy, separated by membranes.
 
 I. Arganda-Carreras et al., "Crowdsourcing the creation of image segmentation algorithms for connectomics", Frontiers
-in Neuroanatomy 2015. Two cells are one where a single pixel of membrane is missing, which a pixel error hardly sees.
+in Neuroanatomy 2015. If a single pixel of membrane is missing, two cells become one. The pixel error hardly changes
+then; the other errors do.
 
-In a slice, a pixel is cell or membrane. Cells are 4-connected and membranes 8-connected, as in the challenge's own
-program (Fiji's Trainable_Segmentation): a membrane that runs diagonally separates. Outside the picture is membrane.
+In a slice, a pixel is cell or membrane. Cells are 4-connected and membranes 8-connected, as in the program of the
+challenge (Fiji's Trainable_Segmentation), so a diagonal membrane separates cells. Outside the picture is membrane.
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,11 @@ ERRORS = ("pixel_error", "rand_error", "warping_error")
 class EMErrors(Metric):
     """Pixel, Rand and warping error at several thresholds of the membrane probability.
 
-    The pixel error is 1 - F1 of cell pixels, counted over all slices; the others are means over slices.
+    The pixel error is 1 - F1 of cell pixels, counted over all slices. The other errors are means over slices.
 
     Args:
-        thresholds: a pixel is cell where its membrane probability is below; the challenge took 0.1, 0.2, ... 1.
+        thresholds: a pixel is cell if its membrane probability is below the threshold; the challenge used 0.1, 0.2,
+            ... 1.
 
     Raises:
         UserError: if there is no threshold, or one that is not above 0 and at most 1.
@@ -39,7 +41,7 @@ class EMErrors(Metric):
     def __init__(self, thresholds: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)) -> None:
         super().__init__()
         if not thresholds or min(thresholds) <= 0 or max(thresholds) > 1:
-            raise UserError(f"thresholds of a probability are above 0 and at most 1, got {list(thresholds)}")
+            raise UserError(f"the thresholds of a probability must be above 0 and at most 1, got {list(thresholds)}")
         self.thresholds, count = list(thresholds), len(thresholds)
         self.add_state("pixels", torch.zeros(count, 2, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("rand", torch.zeros(count), dist_reduce_fx="sum")
@@ -47,7 +49,7 @@ class EMErrors(Metric):
         self.add_state("slices", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, membrane: Tensor, cells: Tensor) -> None:
-        """Add slices: the probability of membrane, and where the cells truly are, float and bool ``(N, H, W)``."""
+        """Add slices: float membrane probabilities and bool true cells, both ``(N, H, W)``."""
         for probability, truth in zip(membrane.float().cpu().numpy(), cells.cpu().numpy(), strict=True):
             for i, threshold in enumerate(self.thresholds):
                 found = probability < threshold
@@ -58,25 +60,25 @@ class EMErrors(Metric):
             self.slices += 1
 
     def compute(self) -> Tensor:
-        """The errors: float64 ``(3, thresholds)`` on the CPU, rows as in `ERRORS`."""
+        """Return the errors, float64 ``(3, thresholds)`` on the CPU, with rows as in `ERRORS`."""
         pixels, rand, warping = self.pixels.cpu().double(), self.rand.cpu().double(), self.warping.cpu().double()
         return torch.stack([1 - pixels[:, 0] / pixels[:, 1], rand / self.slices.cpu(), warping / self.slices.cpu()])
 
 
 def rand_error(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """One minus the F-score of pairs of pixels that lie in one cell: the adapted Rand error, of true cells alone.
+    """Compute the adapted Rand error: 1 - F of the pairs of pixels that lie in one cell, within true cells.
 
-    The paper's sums also pair each pixel with itself; as in scikit-image, they do not here, which makes less than
-    0.0001 on slices of 512 x 512. A pixel of a true cell that is predicted membrane is in no pair.
+    The paper's sums also pair each pixel with itself. These sums do not, as in scikit-image; the difference is below
+    0.0001 on slices of 512 x 512. A pixel of a true cell that is predicted as membrane is in no pair.
 
     Args:
         truth: bool ``(H, W)``, true in cells.
-        prediction: likewise.
+        prediction: bool ``(H, W)``, true in cells.
 
     Returns:
-        0, every cell is found whole and alone, to 1.
+        0 to 1; 0 if every cell is found whole and separate.
     """
-    from scipy.ndimage import label  # 0.2 s to import
+    from scipy.ndimage import label  # takes 0.2 s to import
 
     true_cell, found_cell = label(truth)[0][truth].astype(np.int64), label(prediction)[0][truth]
     found = found_cell > 0
@@ -88,31 +90,32 @@ def rand_error(truth: np.ndarray, prediction: np.ndarray) -> float:
 
 
 def warping_error(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """The share of pixels in which the warped truth and the prediction differ: what no shift of a border explains.
+    """Compute the share of pixels that differ between prediction and warped truth; shifted borders do not count.
 
     Args:
         truth: bool ``(H, W)``, true in cells.
-        prediction: likewise.
+        prediction: bool ``(H, W)``, true in cells.
 
     Returns:
-        0 to 1, the mean over the pixels.
+        0 to 1.
     """
     return float((warp(truth, prediction) != prediction).mean())
 
 
 def warp(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Make the truth as like the prediction as it can be without joining, splitting, adding or removing a cell or hole.
+    """Move the truth towards the prediction without joining, splitting, adding or removing a cell or hole.
 
-    V. Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010: pixels that differ are
-    flipped where they are simple, till none is; pixels that are right stay. What remains can depend on the order, so
-    it is fixed: every second pixel of every second row together, as none of these is another's neighbour.
+    V. Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010. Among the pixels that
+    differ, simple ones (see `simple`) are flipped until none is left; pixels that are right stay. The result can
+    depend on the order, so the order is fixed: every second pixel of every second row at once, because these are not
+    neighbours.
 
-    The challenge's published list counts, of what remains, only the clusters that split or join cells: its values are
-    much lower, such as U-Net's 0.000353.
+    The challenge's published list counts only those remaining clusters that split or join cells. So its values are
+    much lower, such as 0.000353 for U-Net.
 
     Args:
         truth: bool ``(H, W)``, true in cells.
-        prediction: likewise.
+        prediction: bool ``(H, W)``, true in cells.
 
     Returns:
         bool ``(H, W)``.
@@ -135,13 +138,13 @@ def warp(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
 
 
 def simple(ring: np.ndarray) -> np.ndarray:
-    """Whether a flip of a pixel leaves the topology as it is, of 4-connected cells and 8-connected membranes.
+    """Return whether a flip of a pixel keeps the topology of 4-connected cells and 8-connected membranes.
 
-    It does where Yokoi's connectivity number, of the cells that meet at the pixel, is 1 (S. Yokoi et al., "An analysis
-    of topological properties of digitized binary pictures using local features", CGIP 1975).
+    It does if Yokoi's connectivity number of the cells around the pixel is 1 (S. Yokoi et al., "An analysis of
+    topological properties of digitized binary pictures using local features", CGIP 1975).
 
     Args:
-        ring: bool ``(M, 8)``, true in cells: the neighbours of each pixel in turn around it, from a side to a corner.
+        ring: bool ``(M, 8)``, true in cells: the neighbours of each pixel in order around it, starting at a side.
 
     Returns:
         bool ``(M,)``.
