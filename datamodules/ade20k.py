@@ -5,6 +5,7 @@ from typing import Any
 from .base import SegmentationDataModule, voc_palette
 from .download import Archive
 from .files import Sample, folder_of, pair
+from .transforms import IGNORE
 
 CLASSES = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
@@ -22,27 +23,27 @@ ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator,
 
 
 class ADE20K(SegmentationDataModule):
-    """Indoor and outdoor scenes of all sizes in 150 classes; 0, "other", is ignored.
+    """Indoor and outdoor scenes of all sizes in 150 classes; the stored value 0, "other", is ignored.
 
     Layout, as ``ADEChallengeData2016.zip`` unpacks::
 
         ADEChallengeData2016/images/{training,validation}/ADE_train_00000001.jpg
         ADEChallengeData2016/annotations/{training,validation}/ADE_train_00000001.png
 
-    Get it: `download` fetches it; about 1 GB, and as much while it unpacks.
+    Get it: `download` fetches it. It takes about 1 GB, and 1 GB more while it is unpacked.
 
     Args:
         root: folder that holds ``ADEChallengeData2016/``.
-        **kwargs: see `SegmentationDataModule`; the test labels are not public, so `test_split` is ``val``.
+        **kwargs: arguments of `SegmentationDataModule`; `test_split` is ``val``, as the test labels are not public.
     """
 
     class_names = tuple(" ".join(name.split()) for name in CLASSES.split(","))
     palette = voc_palette(151)[1:]
-    label_map = {0: 255} | {label + 1: label for label in range(150)}
+    label_map = {0: IGNORE} | {label + 1: label for label in range(150)}
     source = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
-    licence = "BSD 3-clause for labels and code, the photographs for research"
+    licence = "labels and code BSD 3-clause; the photographs for research"
     citation = "Zhou et al., CVPR 2017"
-    disk = "about 1 GB, and as much while it unpacks"
+    disk = "about 1 GB, and 1 GB more while it is unpacked"
     archives = (Archive(source, "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),)
     expected_counts = {"train": 20210, "val": 2000}
 
@@ -50,7 +51,7 @@ class ADE20K(SegmentationDataModule):
         super().__init__(root, test_split=test_split, **kwargs)
 
     def samples(self, split: str) -> list[Sample]:
-        """Pair a split's images and annotations.
+        """Pair the images and annotations of a split.
 
         Raises:
             UserError: if a folder is missing.

@@ -34,12 +34,12 @@ VOC_CLASSES = (  # in the order of PASCAL VOC
 
 @dataclass(frozen=True)
 class CocoSample(Sample):
-    """A picture with its objects as polygons or run-length codes.
+    """An image whose objects are polygons or run-length codes.
 
     Args:
-        size: height and width in pixels, as the annotations say.
-        objects: label and segmentation, as JSON text, of each; later ones lie on top.
-        ignore_overlap: pixels of two objects are ignored instead.
+        size: height and width in pixels, as stated in the annotations.
+        objects: label and segmentation (JSON text) of each object; later objects lie on top of earlier ones.
+        ignore_overlap: whether to ignore pixels that belong to two objects.
     """
 
     size: tuple[int, int] = (0, 0)
@@ -47,14 +47,14 @@ class CocoSample(Sample):
     ignore_overlap: bool = False
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Decode the picture ``(3, H, W)`` and draw the mask ``(H, W)``, both uint8.
+        """Decode the image ``(3, H, W)`` and draw the mask ``(H, W)``, both uint8.
 
         Raises:
-            UserError: if the file's size is not the annotations', or an object cannot be drawn.
+            UserError: if the image cannot be decoded, or an object cannot be drawn.
         """
         assert self.image is not None
         image = read_image(self.image)
-        if image.shape[1:] == self.size[::-1] != self.size:  # annotated as stored, not as turned by EXIF
+        if image.shape[1:] == self.size[::-1] != self.size:  # annotated before EXIF turned it
             image = read_image(self.image, upright=False)
         labels, times = np.zeros(self.size, np.uint8), np.zeros(self.size, np.uint8)
         for label, text in self.objects:
@@ -68,22 +68,25 @@ class CocoSample(Sample):
 
 
 def draw(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """The pixels of an object: bool ``(height, width)``.
+    """Draw the pixels of one object.
 
     Args:
-        segmentation: polygons ``[[x, y, x, y, ...], ...]``, or a run-length code ``{size, counts}`` with counts as a
-            list or compressed to text.
-        height: in pixels.
-        width: in pixels.
+        segmentation: polygons ``[[x, y, x, y, ...], ...]``, or a run-length code ``{size, counts}`` whose counts are a
+            list or compressed text.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        bool ``(height, width)``.
     """
-    from pycocotools import mask as rle  # compiled, and only this kind of data needs it
+    from pycocotools import mask as rle  # only COCO's format needs it
 
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
         codes = [segmentation]
     elif isinstance(segmentation, dict):
         codes = [rle.frPyObjects(segmentation, height, width)]
     else:
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a line has no inside
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a line has no area
         codes = rle.frPyObjects(polygons, height, width) if polygons else []
     if not codes:
         return np.zeros((height, width), bool)
@@ -91,30 +94,31 @@ def draw(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 class COCO(SegmentationDataModule):
-    """Photographs with outlined objects; what no object covers is ``background``.
+    """Photographs with outlined objects; pixels outside all objects are ``background``.
 
     Layout::
 
         train2017/  val2017/  annotations/instances_{train,val}2017.json
 
-    Get it: `download` fetches it; about 20 GB, and 18 GB more while the largest archive unpacks.
+    Get it: `download` fetches it. It takes about 20 GB, and 18 GB more while the largest archive is unpacked.
 
     Args:
-        root: folder that holds them.
-        classes: ``voc`` keeps the twenty classes of PASCAL VOC in its order, as torchvision's weights were trained:
-            pixels of two objects are ignored; ``all`` keeps the eighty, or name any of them; there, the smaller
-            object lies on top.
-        min_area: a training image whose kept objects cover no more pixels than this is left out (torchvision: 1000).
-        **kwargs: see `SegmentationDataModule`; the test labels are not public, so `test_split` is ``val``.
+        root: folder that holds ``train2017/``, ``val2017/`` and ``annotations/``.
+        classes: ``voc`` keeps the twenty classes of PASCAL VOC in its order and ignores pixels of two objects, as in
+            the training of torchvision's weights. ``all`` keeps the eighty classes of COCO, a list keeps those that it
+            names; with both, the smaller of two objects lies on top.
+        min_area: training images are left out if their kept objects do not cover more pixels than this (torchvision:
+            1000).
+        **kwargs: arguments of `SegmentationDataModule`; `test_split` is ``val``, as the test labels are not public.
 
     Raises:
         UserError: for a class that COCO does not have.
     """
 
     source = "https://cocodataset.org: train2017.zip, val2017.zip, annotations_trainval2017.zip"
-    licence = "annotations CC BY 4.0; the photographs are Flickr's"
+    licence = "annotations CC BY 4.0; the photographs are from Flickr"
     citation = "Lin et al., ECCV 2014"
-    disk = "about 20 GB, and 18 GB more while train2017.zip unpacks"
+    disk = "about 20 GB, and 18 GB more while train2017.zip is unpacked"
     archives: Sequence[Archive] = (
         Archive("http://images.cocodataset.org/zips/train2017.zip", "sha1:10ad623668ab00c62c096f0ed636d6aff41faca5"),
         Archive("http://images.cocodataset.org/zips/val2017.zip", "sha1:4950dc9d00dbe1c933ee0170f5797584351d2a41"),
@@ -123,8 +127,8 @@ class COCO(SegmentationDataModule):
             "sha1:8551ee4bb5860311e79dace7e79cb91e432e78b3",
         ),
     )
-    expected_counts: dict[str, int] = {"val": 5000}  # of 118,287 for training, how many are kept depends on the classes
-    known: Sequence[str] = CLASSES
+    expected_counts: dict[str, int] = {"val": 5000}  # the classes decide how many of the 118,287 training images remain
+    known: Sequence[str] = CLASSES  # the categories that `classes` may name
 
     def __init__(
         self,
@@ -139,13 +143,13 @@ class COCO(SegmentationDataModule):
         kept = named[classes] if isinstance(classes, str) and classes in named else classes
         unknown = [name for name in ([kept] if isinstance(kept, str) else kept) if name not in self.known]
         if unknown:
-            raise UserError(f"COCO has no class '{unknown[0]}': data.classes is voc, all, or names of its classes")
+            raise UserError(f"COCO has no class '{unknown[0]}': set data.classes to voc, all, or names of its classes")
         self.class_names = ("background", *kept)
         self.palette = voc_palette(self.num_classes)
         self.ignore_overlap, self.min_area = classes == "voc", min_area
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split's annotations.
+        """List the images in the annotations of a split.
 
         Raises:
             UserError: if the root or the annotations are missing.
@@ -155,25 +159,26 @@ class COCO(SegmentationDataModule):
         return self.annotated(root / f"annotations/instances_{split}2017.json", root / f"{split}2017", min_area)
 
     def annotated(self, file: Path, images: Path, min_area: float = 0.0) -> list[Sample]:
-        """Read annotations; objects come sorted so that the smaller lies on top.
+        """Read annotations, and sort the objects of each image so that the smaller lies on top.
 
         Args:
-            file: in COCO's format.
-            images: folder below which the images' paths lie.
-            min_area: images whose kept objects cover no more are left out, unless 0.
+            file: annotations in COCO's format.
+            images: folder to which the paths of the images are relative.
+            min_area: images are left out if their kept objects do not cover more pixels; 0 keeps all images.
 
         Raises:
-            UserError: if the file is missing.
-            UserError: if it is not in the format, or lacks a class.
+            UserError: if the file is missing or not in COCO's format, or lacks a class.
         """
         if not file.is_file():
-            raise UserError(f"the annotations {file} do not exist")
+            raise UserError(f"the file of annotations {file} does not exist: put it there, or correct data.root")
         with decoding(file, "annotations in COCO's format"):
             content = json.loads(file.read_bytes())
             ids = {category["name"]: category["id"] for category in content["categories"]}
             missing = [name for name in self.class_names[1:] if name not in ids]
             if missing:
-                raise UserError(f"no category '{missing[0]}' among {', '.join(ids)}")
+                raise UserError(
+                    f"no category '{missing[0]}' among {', '.join(ids)}; name categories of this file in data.classes"
+                )
             label_of = {ids[name]: label for label, name in enumerate(self.class_names) if label}
             objects: dict[int, list[tuple[float, int, str]]] = {}
             for thing in content["annotations"]:

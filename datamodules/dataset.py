@@ -1,4 +1,4 @@
-"""One split as items: reading, labels, reproducible randomness, what is kept between epochs, and who reads what."""
+"""One split of a data set as a PyTorch data set, its cache, its sampler, and the function that builds a batch."""
 
 import hashlib
 import os
@@ -17,17 +17,17 @@ from .errors import UserError
 from .files import Sample
 from .transforms import IGNORE, PixelWeight
 
-Weigh = Callable[[Tensor, Tensor | None], Tensor]  # labels and instances (H, W) to weights (H, W)
+WeightRule = Callable[[Tensor, Tensor | None], Tensor]  # labels and instances (H, W) -> the loss's weights (H, W)
 
 
 class Cache:
-    """Keeps what was decoded or computed once, in memory or in a folder, until a budget is used up.
+    """Tensors that are computed once and kept, in memory or in a folder, until a budget is used up.
 
-    The memory is filled before training starts and then only read, so loader processes that are forked share it.
+    The memory is filled before training starts and only read afterwards, so forked loader processes share it.
 
     Args:
-        folder: for one file per entry; None keeps them in memory.
-        gib: budget in GiB; what comes after it is used up is made anew each time.
+        folder: folder that gets one file per entry; None keeps the entries in memory.
+        gib: budget in GiB. Entries that do not fit are computed again at every use.
     """
 
     def __init__(self, folder: Path | None, gib: float) -> None:
@@ -38,7 +38,7 @@ class Cache:
             self.used = sum(file.stat().st_size for file in folder.glob("*.pt"))
 
     def get(self, key: str, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """Give what is kept under a key, and make it first where nothing is."""
+        """Return the cached value, computing it first if it is missing."""
         if key in self.kept:
             return self.kept[key]
         file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt" if self.folder else None
@@ -53,122 +53,133 @@ class Cache:
             else:
                 part = file.with_suffix(f".{os.getpid()}")
                 torch.save(made, part)
-                part.replace(file)  # at once, so that no other process reads half a file
+                part.replace(file)  # in one step, so that no other process reads half a file
         return made
 
 
 class SegmentationDataset(Dataset):
-    """One split. Its keys are ``(epoch, index)``, and each item draws its randomness from (seed, epoch, index) alone.
+    """One split of a data set. Its keys are ``(epoch, index)``.
 
-    So a picture's augmentation depends neither on the number of workers or processes nor on what was drawn before it.
+    Each item draws its random numbers from (seed, epoch, index) alone. So the augmentation of an image does not depend
+    on the number of workers or processes, nor on the images that were read before it.
 
     Args:
-        samples: what to read.
-        labels: label of each stored mask value, -1 where it has none; see `SegmentationDataModule.label_table`.
-        transform: joint transform of a ``tv_tensors.Image``, a ``tv_tensors.Mask`` and, with `weigh`, a `PixelWeight`.
+        samples: the images and masks of the split.
+        label_table: label of each stored mask value, -1 for values without a class, see
+            `SegmentationDataModule.label_table`; None reads images without masks.
+        transform: joint transform of a ``tv_tensors.Image``, a ``tv_tensors.Mask`` and, with `weight_rule`, a
+            `PixelWeight`. It needs a mask.
         seed: the run's seed.
-        weigh: gives the loss's weight of each pixel from labels and instances.
-        cache: keeps what was decoded; None decodes anew each time.
-        weights: keeps what `weigh` gave.
+        weight_rule: computes the loss's weight of each pixel from labels and instances.
+        cache: keeps decoded files; None decodes them at every use.
+        weight_maps: keeps the results of `weight_rule`; None computes them at every use.
 
     Returns:
-        items ``{"image": (C, H, W), "mask": int64 (H, W), "name": str, "size": (H, W) as read}``, without ``mask``
-        where the sample has none, and with ``weight``, float32 ``(H, W)``, where there is `weigh`.
+        items ``{"image": (C, H, W), "mask": int64 (H, W), "name": str, "size": (H, W) as read}``. ``mask`` is absent
+        where the sample has none. ``pixel_weight``, float32 ``(H, W)``, is present with a `weight_rule`.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        labels: Tensor,
+        label_table: Tensor | None,
         transform: v2.Transform | None = None,
         seed: int = 0,
-        weigh: Weigh | None = None,
+        weight_rule: WeightRule | None = None,
         cache: Cache | None = None,
-        weights: Cache | None = None,
+        weight_maps: Cache | None = None,
     ) -> None:
-        self.samples, self.labels, self.transform, self.seed = samples, labels, transform, seed
-        self.weigh, self.cache, self.weights = weigh, cache, weights or Cache(None, 0)
+        self.samples, self.label_table, self.transform, self.seed = samples, label_table, transform, seed
+        self.weight_rule, self.cache, self.weight_maps = weight_rule, cache, weight_maps
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether this is a split of a data set; a folder of photos may hold any sizes."""
-        return len(self.labels) > 0
-
-    def key(self, index: int) -> str:
-        """What a sample's cache entry depends on: how it is read, and when its files were written."""
-        sample = self.samples[index]
-        files = [path for path in (sample.image, sample.mask) if path is not None]
-        return f"{sample!r} {[path.stat().st_mtime_ns for path in files]}"
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        image, mask = self.read(index)
+        item: dict[str, Any] = {"name": self.samples[index].name, "size": tuple(image.shape[-2:])}
+        if mask is None:
+            return item | {"image": image.contiguous()}
+        parts = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
+        if self.transform is not None:
+            if self.weight_rule is not None:
+                parts["pixel_weight"] = PixelWeight(self.pixel_weight(index, mask, self.weight_rule))
+            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
+            generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
+            state = generator.get_state()
+            generator.manual_seed(int(seed))
+            parts = self.transform(parts)
+            generator.set_state(state)
+        item |= {name: part.as_subclass(torch.Tensor).contiguous() for name, part in parts.items()}
+        item["mask"] = item["mask"].long()
+        return item
 
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Read a pair and bring stored values to labels: 0 to K - 1, or 255 for ignored.
+        """Read an image and its mask, and turn stored mask values into labels.
+
+        Returns:
+            image ``(C, H, W)`` in its storage type, and mask ``(H, W)`` uint8 with labels 0 to K - 1 and 255 for
+            ignored pixels, or None without a mask.
 
         Raises:
-            UserError: for sizes that differ or a value that stands for no class; the message names file and value.
+            UserError: if image and mask differ in size, or a value has no class; the message names file and value.
         """
         sample = self.samples[index]
-        image, values = self.cache.get(self.key(index), sample.read) if self.cache else sample.read()
-        if values is None or not self.has_masks:
+        image, values = self.cache.get(self.cache_key(index), sample.read) if self.cache else sample.read()
+        if values is None or self.label_table is None:
             return image, None
         where = sample.mask or sample.name
         if image.shape[-2:] != values.shape:
             raise UserError(
                 f"{where} is {values.shape[1]} x {values.shape[0]} pixels but its image {sample.image} is "
-                f"{image.shape[2]} x {image.shape[1]}: masks must have their image's size"
+                f"{image.shape[2]} x {image.shape[1]}: save the mask at the image's size"
             )
-        mask = self.labels[values.long().clamp(-1, len(self.labels) - 1)]  # both ends of the table mean: no class
+        mask = self.label_table[values.long().clamp(-1, len(self.label_table) - 1)]  # the table's last entry is -1
         if (mask < 0).any():
             bad = int(values[mask < 0].max())
-            count = int(((self.labels >= 0) & (self.labels != IGNORE)).sum())
+            count = int(((self.label_table >= 0) & (self.label_table != IGNORE)).sum())
             raise UserError(
-                f"{where} holds the value {bad}, which stands for none of the {count} classes: name it in "
+                f"{where} holds the value {bad}, which belongs to none of the {count} classes: add it to "
                 "data.void_values to ignore it, or give it a label in data.label_map"
             )
         return image, mask.byte()
 
-    def weight(self, index: int, mask: Tensor, weigh: Weigh) -> Tensor:
-        """The loss's weight of each pixel of a mask as read, ``(H, W)``: float32 of the same size, computed once."""
-        instances = self.samples[index].instances
-        return self.weights.get(f"{self.key(index)} {weigh!r}", lambda: (weigh(mask, instances()),))[0]
+    def pixel_weight(self, index: int, mask: Tensor, rule: WeightRule) -> Tensor:
+        """Return the loss's weight of each pixel, computing it first if it is not cached.
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        image, mask = self.read(index)
-        item: dict[str, Any] = {"name": self.samples[index].name, "size": tuple(image.shape[-2:]), "image": image}
-        if mask is not None:
-            item["mask"] = mask
-        if self.transform is not None and mask is not None:
-            parts = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
-            if self.weigh is not None:
-                parts["pixel_weight"] = PixelWeight(self.weight(index, mask, self.weigh))
-            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-            generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
-            state = generator.get_state()
-            generator.manual_seed(int(seed))
-            item |= self.transform(parts)
-            generator.set_state(state)
-        for name in ("image", "mask", "pixel_weight"):
-            if name in item:
-                item[name] = item[name].as_subclass(torch.Tensor).contiguous()
-        if mask is not None:
-            item["mask"] = item["mask"].long()
-        return item
+        Args:
+            index: of the sample.
+            mask: the sample's labels as read, ``(H, W)``.
+            rule: computes the weights.
+
+        Returns:
+            float32 ``(H, W)``.
+        """
+        sample = self.samples[index]
+        if self.weight_maps is None:
+            return rule(mask, sample.instances())
+        key = f"{self.cache_key(index)} {rule!r}"
+        return self.weight_maps.get(key, lambda: (rule(mask, sample.instances()),))[0]
+
+    def cache_key(self, index: int) -> str:
+        """Describe how a sample is read and when its files were written; a new file gets a new cache entry."""
+        sample = self.samples[index]
+        files = [path for path in (sample.image, sample.mask) if path is not None]
+        return f"{sample!r} {[path.stat().st_mtime_ns for path in files]}"
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items to a batch: tensors along a new first axis, names and sizes as lists.
+    """Build a batch: stack tensors along a new first axis, and list names and sizes.
 
     Raises:
-        UserError: if the pictures differ in size.
+        UserError: if the images differ in size.
     """
     sizes = sorted({tuple(item["image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
         raise UserError(
-            f"pictures of different sizes in one batch (height x width {sizes[0][0]} x {sizes[0][1]} and "
-            f"{sizes[1][0]} x {sizes[1][1]}): set data.crop_size for training, and data.eval_batch_size: 1"
+            f"one batch holds images of different sizes (height x width {sizes[0][0]} x {sizes[0][1]} and "
+            f"{sizes[1][0]} x {sizes[1][1]}): set data.crop_size for training and data.eval_batch_size: 1"
         )
     tensors = [key for key in ("image", "mask", "pixel_weight") if key in items[0]]
     batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in tensors}
@@ -176,17 +187,18 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class EpochSampler(DistributedSampler):
-    """Yields ``(epoch, index)``, because persistent workers never learn of a new epoch.
+    """A sampler of ``(epoch, index)``, because persistent workers never learn that a new epoch has begun.
 
-    In training every process gets the same number of samples, the rest of the shuffled list is left out of this epoch.
-    In evaluation nothing is repeated and nothing is left out, so metrics are exact: Lightning's own sampler repeats
-    pictures to make the processes' shares even. A subclass of ``DistributedSampler`` so that Lightning lets it stand.
+    In training, every process gets the same number of samples, and the rest of the shuffled list is left out of this
+    epoch. In evaluation, every sample is read exactly once, so metrics are exact: Lightning's own sampler repeats
+    images until every process has the same number. The class extends ``DistributedSampler`` because Lightning would
+    replace any other sampler.
 
     Args:
         length: number of samples.
-        train: shuffle, with the order drawn from (seed, epoch).
+        train: whether to shuffle; the order is drawn from (seed, epoch).
         seed: the run's seed.
-        rank: this process.
+        rank: index of this process.
         world_size: number of processes.
     """
 

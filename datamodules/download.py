@@ -1,4 +1,4 @@
-"""Fetching archives that may be fetched: goes on where it broke off, checks what came, unpacks inside its folder."""
+"""Archives of public data sets: download (resumed after a break), checksum, and unpacking inside one folder."""
 
 import hashlib
 import tarfile
@@ -17,12 +17,12 @@ BLOCK = 1 << 20
 
 
 class Archive(NamedTuple):
-    """An archive that its owner lets anyone fetch.
+    """An archive that its owner lets everyone download.
 
     Args:
-        url: where it is.
-        checksum: ``md5:...``, ``sha1:...`` or ``sha256:...`` as its owner, or a library that fetches it, states.
-        folder: below the data set's root, where it is unpacked.
+        url: its address.
+        checksum: ``md5:...``, ``sha1:...`` or ``sha256:...``, as stated by its owner or by a library that fetches it.
+        folder: folder below the data set's root into which it is unpacked.
     """
 
     url: str
@@ -33,12 +33,16 @@ class Archive(NamedTuple):
 def fetch(archive: Archive, root: Path) -> None:
     """Download, verify and unpack an archive, unless that was done before.
 
-    The download lies in ``NAME.part`` until it is complete, and goes on from there after a break. The archive is
-    deleted once it is unpacked; an empty file ``.NAME.unpacked`` remembers it.
+    The download is written to ``NAME.part`` until it is complete, so that it can be resumed. The archive is deleted
+    after unpacking, and an empty file ``.NAME.unpacked`` records that it was unpacked.
+
+    Args:
+        archive: what to fetch.
+        root: the data set's folder.
 
     Raises:
-        UserError: if what came has another checksum; it is deleted then.
-        UserError: if the network does not let it through; what has arrived is kept.
+        UserError: if the download fails (the part that has arrived is kept), or the archive has another checksum (it
+            is deleted).
     """
     name = archive.url.rpartition("/")[2]
     done, file, part = root / f".{name}.unpacked", root / name, root / f"{name}.part"
@@ -55,7 +59,7 @@ def fetch(archive: Archive, root: Path) -> None:
             digest.update(block)
     if digest.hexdigest() != expected:
         file.unlink()
-        raise UserError(f"{archive.url} came with another {method} than {expected}: it was deleted, try again")
+        raise UserError(f"{archive.url} does not have the {method} {expected}: it was deleted, so try again")
     rank_zero_info(f"unpacking {name}")
     unpack(file, root / archive.folder)
     done.touch()
@@ -63,7 +67,7 @@ def fetch(archive: Archive, root: Path) -> None:
 
 
 def download(url: str, part: Path) -> None:
-    """Download to a file, after what it holds already.
+    """Download to a file, resuming after the bytes that it already holds.
 
     Raises:
         UserError: if the server cannot be reached or the connection breaks.
@@ -81,33 +85,36 @@ def download(url: str, part: Path) -> None:
                     out.write(block)
                     bar.advance(task, len(block))
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to fetch
-            raise UserError(f"{url} could not be fetched ({error}): try again later") from error
+        if error.code != 416:  # 416: the file is complete
+            raise UserError(f"{url} could not be downloaded ({error}): try again later") from error
         return
     except OSError as error:
-        raise UserError(f"{url} could not be fetched ({error}): the same command goes on with it") from error
+        raise UserError(f"{url} could not be downloaded ({error}): run the same command again to resume") from error
     if total and part.stat().st_size < total:
-        raise UserError(f"{url} broke off after {part.stat().st_size:,} of {total:,} bytes: the same command goes on")
+        raise UserError(
+            f"the download of {url} broke off after {part.stat().st_size:,} of {total:,} bytes: run the same command "
+            "again to resume"
+        )
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Unpack a tar or zip archive; nothing leaves the folder.
+    """Unpack a tar or zip archive, and write nothing outside the folder.
 
     Raises:
-        UserError: if a member's path leads outside, or the file is no archive.
+        UserError: if the path of a member leads outside the folder, or the file is no archive.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as members:
             for name in members.namelist():
                 if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise UserError(f"{file} holds {name}, which leads outside {folder}: nothing was unpacked")
+                    raise UserError(f"{file} holds the path {name}, which leads outside {folder}: nothing was unpacked")
             members.extractall(folder)
     elif tarfile.is_tarfile(file):
         with tarfile.open(file) as members:
             try:
                 members.extractall(folder, filter="data")
             except tarfile.FilterError as error:
-                raise UserError(f"{file} was not unpacked to its end: {error}") from error
+                raise UserError(f"{file} was not unpacked completely: {error}") from error
     else:
-        raise UserError(f"{file} is neither a tar nor a zip archive: delete it and fetch it again")
+        raise UserError(f"{file} is neither a tar nor a zip archive: delete it and download it again")

@@ -1,8 +1,11 @@
-"""The one exception of this package that a user can mend. `segmentation` has its own: neither imports the other."""
+"""The exception for a mistake that the user can mend.
+
+`segmentation` has the same class in a file like this one, because neither package imports the other.
+"""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one sentence: what is wrong, in which file, what to do.
+    """A mistake that the user can mend; the message says in one sentence what is wrong, in which file, and what to do.
 
-    The command prints it without a traceback. Any other exception is a bug, here or in a library, and keeps its own.
+    The command prints the message without a traceback. Any other exception is a bug and keeps its traceback.
     """

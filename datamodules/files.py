@@ -1,4 +1,4 @@
-"""Files of pictures and labels: finding, pairing and decoding them."""
+"""Files of images and masks: how to find, pair, split and decode them."""
 
 import hashlib
 import os
@@ -20,14 +20,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", "
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its labels, as files. A subclass overrides `read` where they come from elsewhere.
+    """An image and its mask, as files. A subclass for another file format overrides `read`.
 
     Args:
-        name: unique within its split, and a relative path without suffix: predictions are written under it.
-        image: the picture's file.
-        mask: the labels' file; None where nothing is labelled.
-        bands: which bands of the picture to read as stored, counted from 0; None reads it as RGB with 8 bits.
-        colors: the colour of each label, where masks are colours.
+        name: a relative path without suffix, unique within its split; predictions are written under this name.
+        image: the image's file; None where a subclass draws the image.
+        mask: the mask's file; None without a mask.
+        bands: which bands of the image to read as stored, counted from 0; None reads RGB with 8 bits.
+        colors: the colour of each label, for masks in colour; None reads the stored values.
     """
 
     name: str
@@ -37,53 +37,76 @@ class Sample:
     colors: tuple[tuple[int, int, int], ...] | None = None
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """Decode both files: image ``(C, H, W)`` in its storage type, mask ``(H, W)`` with the values as stored."""
+        """Decode both files.
+
+        Returns:
+            image ``(C, H, W)`` in its storage type, and mask ``(H, W)`` with its stored values, or None without one.
+
+        Raises:
+            UserError: if a file cannot be decoded; the message names it.
+        """
         if self.image is None:
-            raise UserError(f"sample {self.name} has no image file")
+            raise UserError(f"the sample {self.name} has no image file: set `image`, or override `read`")
         image = read_image(self.image) if self.bands is None else read_bands(self.image, self.bands)
         return image, None if self.mask is None else read_mask(self.mask, self.colors)
 
     def instances(self) -> Tensor | None:
-        """A number for each object, 0 for the rest: int32 ``(H, W)``; None where objects are not told apart."""
+        """Return the number of each pixel's object, int32 ``(H, W)``, 0 for none; None if objects have no numbers."""
         return None
 
     def missing(self) -> str | None:
-        """Say which of the two files is not there, without opening them."""
-        for what, path, other in (("image", self.image, self.mask), ("mask", self.mask, self.image)):
-            if path is not None and not path.is_file():
-                return f"the {'mask' if what == 'image' else 'image'} {other} has no partner: there is no {what} {path}"
+        """Return a sentence that names the missing one of the two files, or None if both exist."""
+        if self.image is not None and not self.image.is_file():
+            return f"the mask {self.mask} has no partner: there is no image {self.image}"
+        if self.mask is not None and not self.mask.is_file():
+            return f"the image {self.image} has no partner: there is no mask {self.mask}"
         return None
 
 
 @contextmanager
 def decoding(path: Path, what: str) -> Iterator[None]:
-    """Turn what a decoder raises into one sentence that names the file."""
+    """Raise a decoder's errors as a `UserError` that names the file.
+
+    Args:
+        path: the file that is decoded.
+        what: what the file should be, such as ``an image``.
+
+    Raises:
+        UserError: for an error of a decoder, with the advice to replace the file; for a `UserError`, with its advice.
+    """
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{path} cannot be read as {what}: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, Image.DecompressionBombError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as {what} ({reason}): replace it or take it out") from error
+        raise UserError(f"{path} cannot be read as {what} ({reason}): replace or remove it") from error
 
 
 def read_image(path: Path, upright: bool = True) -> Tensor:
-    """Decode a picture of any mode as RGB, turned upright by its EXIF orientation unless told not to.
+    """Decode an image of any mode as RGB.
+
+    Args:
+        path: a picture, or ``.npy`` of 1 or 3 bands.
+        upright: whether to turn the image by its EXIF orientation.
 
     Returns:
-        ``(3, H, W)`` uint8; a palette, grey, alpha or CMYK picture is converted, deeper grey as `to_8_bits` says.
+        ``(3, H, W)`` uint8. Palette, grey, alpha and CMYK images are converted to RGB, and more than 8 bits by
+        `to_8_bits`.
 
     Raises:
-        UserError: if the file cannot be decoded or has other than 1, 3 or 4 bands; the message names it.
+        UserError: if the file cannot be decoded as RGB; the message names it.
     """
     with decoding(path, "an image"):
         if path.suffix.lower() == ".npy":
             pixels = to_8_bits(read_array(path))
             if pixels.shape[0] not in (1, 3):
-                raise UserError(f"it has {pixels.shape[0]} bands: name some in data.bands")
+                raise UserError(f"it has {pixels.shape[0]} bands, so choose some in data.bands")
             return torch.from_numpy(np.broadcast_to(pixels, (3, *pixels.shape[1:])).copy())
         try:
             with Image.open(path) as file:
                 if file.format == "TIFF" and (pages := getattr(file, "n_frames", 1)) > 1:
-                    raise UserError(f"its {pages} pages are bands: name some in data.bands")
+                    raise UserError(f"its {pages} pages are bands, so choose some in data.bands")
                 picture = ImageOps.exif_transpose(file) if upright else file
                 if picture.mode[0] in "IF":  # more than 8 bits
                     picture = Image.fromarray(to_8_bits(np.asarray(picture)))
@@ -91,13 +114,17 @@ def read_image(path: Path, upright: bool = True) -> Tensor:
         except Image.UnidentifiedImageError:
             if path.suffix.lower() in (".tif", ".tiff"):
                 count = len(read_array(path))
-                raise UserError(f"its {count} bands are no RGB: name some in data.bands") from None
+                raise UserError(f"its {count} bands are not RGB, so choose some in data.bands") from None
             raise
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_bands(path: Path, bands: Sequence[int]) -> Tensor:
-    """Read some bands of a TIFF, ``.npy`` or picture as stored, without passing through RGB.
+    """Read some bands of a TIFF, ``.npy`` or picture as stored, without a conversion to RGB.
+
+    Args:
+        path: the file.
+        bands: which bands to read, counted from 0.
 
     Returns:
         ``(len(bands), H, W)`` uint8, uint16, int16, int32 or float32.
@@ -108,7 +135,8 @@ def read_bands(path: Path, bands: Sequence[int]) -> Tensor:
     with decoding(path, "an image of bands"):
         pixels = read_array(path)
         if max(bands) >= len(pixels) or min(bands) < 0:
-            raise UserError(f"it has {len(pixels)} bands, counted from 0, and data.bands asks for {max(bands)}")
+            wrong = max(bands) if max(bands) >= len(pixels) else min(bands)
+            raise UserError(f"it has the bands 0 to {len(pixels) - 1}, but data.bands names {wrong}")
         pixels = pixels[list(bands)]
         if pixels.dtype.kind == "f":
             pixels = pixels.astype(np.float32)
@@ -120,23 +148,26 @@ def read_bands(path: Path, bands: Sequence[int]) -> Tensor:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """All bands of a file as stored, ``(C, H, W)``.
+    """Read all bands of a file as stored, ``(C, H, W)``.
 
-    Where a file does not say which axis is the bands', it is the shortest. A TIFF that holds its bands as pages or
-    interleaved is read by tifffile, and by Pillow where tifffile lacks its compression.
+    If the file does not state the axis of its bands, the shortest axis is taken. A TIFF may hold its bands as pages or
+    interleaved. It is read by tifffile, or by Pillow if tifffile does not know its compression.
+
+    Raises:
+        UserError: if the array has other than 2 or 3 axes.
     """
     suffix = path.suffix.lower()
     pixels, axes = None, ""
     if suffix == ".npy":
         pixels = np.load(path, allow_pickle=False)
     elif suffix in (".tif", ".tiff"):
-        import tifffile  # only this kind of file needs it
+        import tifffile  # only TIFFs need it
 
         try:
             with tifffile.TiffFile(path) as file:
                 pixels, axes = file.series[0].asarray(), file.series[0].axes
         except (tifffile.TiffFileError, ValueError):
-            pixels = None  # Pillow may know the compression, or say what is wrong
+            pixels = None  # Pillow may know the compression, or name the error
     if pixels is None:
         with Image.open(path) as picture:
             pixels = np.array(picture)
@@ -144,14 +175,17 @@ def read_array(path: Path) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels[None]
     if pixels.ndim != 3:
-        raise UserError(f"its array is {pixels.shape}: two sides and one axis of bands are needed")
+        raise UserError(f"its array is {pixels.shape}, but an image has two sides and at most one axis of bands")
     named = [i for i, axis in enumerate(axes) if axis in "SC"]  # samples or channels
     band = named[0] if named else int(np.argmin(pixels.shape))
     return np.moveaxis(pixels, band, 0)
 
 
 def to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Bring deep grey to uint8: floats of at most 1 times 255, integers above 255 by their upper byte of 16 bits."""
+    """Convert grey to uint8, ``(H, W)`` to ``(H, W)``.
+
+    Floats of at most 1 are multiplied by 255. 16 bits, and any integers with values above 255, keep their upper byte.
+    """
     if np.issubdtype(pixels.dtype, np.floating):
         pixels = pixels * 255 if pixels.max(initial=0) <= 1 else pixels
     elif pixels.dtype == np.uint16 or pixels.max(initial=0) > 255:
@@ -160,17 +194,17 @@ def to_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def read_mask(path: Path, colors: Sequence[tuple[int, int, int]] | None = None) -> Tensor:
-    """Decode a mask: labels as stored, palette indices, or colours by their place in a list.
+    """Decode a mask: stored values, palette indices, or the labels of its colours.
 
     Args:
-        path: a picture of one band, a palette picture, ``.npy``, or, three times the same band, a grey RGB.
-        colors: what the colours of an RGB mask stand for: label i is ``colors[i]``.
+        path: a picture of one band or with a palette, an RGB picture of three equal bands, or ``.npy``.
+        colors: the colour of each label, for a mask in colour; None reads stored values.
 
     Returns:
-        ``(H, W)`` uint8, or int32 where the file holds more than 8 bits.
+        ``(H, W)`` uint8, or int32 if the file holds more than 8 bits.
 
     Raises:
-        UserError: if the file cannot be decoded, holds colours and none are known, or one that is not among them.
+        UserError: if the file cannot be decoded, is in colour without `colors`, or holds a colour that is not listed.
     """
     with decoding(path, "a mask"):
         if colors is None and path.suffix.lower() in (".npy", ".tif", ".tiff"):
@@ -185,40 +219,52 @@ def read_mask(path: Path, colors: Sequence[tuple[int, int, int]] | None = None) 
         values = values[..., 0]
     if values.ndim != 2:
         raise UserError(
-            f"{path} is a mask in colour (mode {mode}), not in labels: name the colours of the classes "
-            "(README, 'Masks in colour')"
+            f"{path} is a mask in colour (mode {mode}) and holds no labels: name the colours of the classes in "
+            "data.palette (README, 'Masks in colour')"
         )
     return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int32))
 
 
 def color_codes(pixels: np.ndarray) -> np.ndarray:
-    """One number per colour: ``(..., 3)`` uint8 to int32 ``(...)``."""
+    """Pack each colour into one number: ``(..., 3)`` uint8 to int32 ``(...)``."""
     red, green, blue = (pixels[..., i].astype(np.int32) for i in range(3))
     return red << 16 | green << 8 | blue
 
 
 def labels_of_colors(path: Path, pixels: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Labels ``(H, W)`` of a mask in colour ``(H, W, 3)``.
+    """Replace each colour of a mask by its label.
+
+    Args:
+        path: the mask's file, for the error message.
+        pixels: uint8 ``(H, W, 3)``.
+        colors: the colour of each label.
+
+    Returns:
+        ``(H, W)`` uint8, or int32 for more than 256 colours.
 
     Raises:
-        UserError: for a colour that is not in the list.
+        UserError: for a colour that is not in `colors`.
     """
     codes, known = color_codes(pixels), color_codes(np.array(colors, np.uint8))
     order = np.argsort(known)
     place = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
-    strange = known[order][place] != codes
-    if strange.any():
-        colour = tuple(int(value) for value in pixels[strange][0])
+    unknown = known[order][place] != codes
+    if unknown.any():
+        colour = tuple(int(value) for value in pixels[unknown][0])
         raise UserError(
-            f"{path} holds the colour {colour} in {strange.mean():.2%} of its pixels, which stands for none of the "
-            f"{len(known)} known: add it to the classes, or to data.void_colors to ignore it"
+            f"{path} holds the colour {colour} in {unknown.mean():.2%} of its pixels, which is none of the "
+            f"{len(known)} known colours: add it to the classes, or to data.void_colors to ignore it"
         )
     labels = order[place]
     return torch.from_numpy(labels.astype(np.uint8 if len(known) <= 256 else np.int32))
 
 
 def files_under(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
-    """Find the pictures below a folder by name: relative path without suffix, or with it for all if two would collide.
+    """Find the files below a folder that have one of the suffixes; hidden files are left out.
+
+    Returns:
+        the path of each name. A name is the relative path without suffix; if two files would get the same name, all
+        names keep their suffix.
 
     Raises:
         UserError: if the folder does not exist.
@@ -236,20 +282,19 @@ def list_photos(folder: Path, bands: tuple[int, ...] | None = None) -> list[Samp
     """List a folder of unlabelled images for `predict`.
 
     Raises:
-        UserError: if the folder does not exist.
-        UserError: if it holds no image.
+        UserError: if the folder does not exist or holds no image.
     """
     photos = files_under(folder)
     if not photos:
-        raise UserError(f"the folder {folder} holds no image ({', '.join(SUFFIXES)})")
+        raise UserError(f"the folder {folder} holds no image; an image ends in one of {', '.join(SUFFIXES)}")
     return [Sample(name, path, bands=bands) for name, path in photos.items()]
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list, without blanks and empty ones.
+    """Read the lines of a text file, without surrounding blanks and without empty lines.
 
     Raises:
-        UserError: if it does not exist.
+        UserError: if the file does not exist.
     """
     if not path.is_file():
         raise UserError(f"the list {path} does not exist")
@@ -257,14 +302,17 @@ def read_lines(path: Path) -> list[str]:
 
 
 def folder_of(root: str | os.PathLike | None, what: str) -> Path:
-    """A data set's root as a path.
+    """Return a data set's root as a path.
+
+    Args:
+        root: the argument `root` of the data set.
+        what: what the root should hold, for the error message.
 
     Raises:
-        UserError: if it is not set.
-        UserError: if it does not exist.
+        UserError: if the root is not set or does not exist.
     """
     if root is None:
-        raise UserError(f"data.root is not set: it names the folder that holds {what}")
+        raise UserError(f"data.root is not set: set it to the folder that holds {what}")
     if not Path(root).is_dir():
         raise UserError(f"data.root {root} does not exist: it should hold {what}")
     return Path(root)
@@ -278,13 +326,15 @@ def pair(
     bands: tuple[int, ...] | None = None,
     colors: tuple[tuple[int, int, int], ...] | None = None,
 ) -> list[Sample]:
-    """Match images and masks by relative path without suffix; what has no partner is listed beside its absence.
+    """Match images and masks by relative path without suffix.
+
+    Files without a partner are listed with a path that does not exist.
 
     Args:
-        images: folder of pictures.
-        masks: folder of labels; the same folder, if one of the suffixes tells them apart.
-        image_suffix: end of an image's stem that its mask's lacks, as ``_leftImg8bit``.
-        mask_suffix: end of a mask's stem that its image's lacks, as ``_mask``.
+        images: folder of images.
+        masks: folder of masks; it may be the same folder if a suffix tells images and masks apart.
+        image_suffix: end of the images' stems that the masks' stems lack, such as ``_leftImg8bit``.
+        mask_suffix: end of the masks' stems that the images' stems lack, such as ``_mask``.
         bands: see `Sample`.
         colors: see `Sample`.
 
@@ -312,14 +362,15 @@ def pair(
 
 
 def split_by_hash(samples: Sequence[Sample], split: str, val: float, test: float, group: str = "") -> list[Sample]:
-    """Share samples out by a hash of their names: the same files give the same split on every machine.
+    """Choose the samples of one split by a hash of their names, so that every machine gets the same split.
 
     Args:
-        samples: all of them.
+        samples: all samples of the data set.
         split: ``train``, ``val`` or ``test``.
-        val: share of the samples for validation, at least one unless 0.
-        test: likewise for the test.
-        group: a pattern whose first group names what must not be torn apart, such as a scene; "" takes each sample.
+        val: share of the samples for validation, 0 to 1; at least one sample unless 0.
+        test: share of the samples for the test, 0 to 1; at least one sample unless 0.
+        group: regular expression whose first group names the samples that stay in one split, such as a scene; ""
+            treats each sample by itself.
     """
 
     def key(sample: Sample) -> str:

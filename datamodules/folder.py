@@ -1,4 +1,4 @@
-"""Any folder of images and masks, with no code: the data set of one's own."""
+"""Your own data: a folder of images and masks, read without any code."""
 
 import csv
 import os
@@ -16,39 +16,48 @@ from .base import SegmentationDataModule, voc_palette
 from .errors import UserError
 from .files import Sample, color_codes, decoding, files_under, folder_of, pair, read_lines, split_by_hash
 
+Color = tuple[int, int, int]
 CLASS_MAPS = ("class_dict.csv", "classes.csv", "label_colors.txt", "labelmap.txt")
 
 
 class Folder(SegmentationDataModule):
-    """Pairs of ``images/`` and ``masks/`` with the same relative path; suffixes may differ.
+    """Images in ``images/`` and masks in ``masks/`` that have the same relative path; suffixes may differ.
 
-    Splits are, in this order of preference: folders (``images/train``, ``masks/train``, ...); lists (``train.txt``,
-    ``val.txt``, ``test.txt`` in the root, a name per line, or an image and a mask by their paths below the root); or
-    fractions, drawn by a hash of the names. Lists are the safer choice for a folder that grows.
+    The splits come from the first of these that exists:
 
-    Masks hold labels (grey, palette, 16 bits, ``.npy``), or colours. What the colours stand for says `palette`; without
-    it a class map in the root (``class_dict.csv`` with name, r, g, b; ``label_colors.txt`` with r g b name; CVAT's
-    ``labelmap.txt``); and without names and map the colours found: in the order of their codes, each is a class.
+    - folders ``images/train``, ``masks/train``, ``images/val``, ...
+    - lists ``train.txt``, ``val.txt``, ``test.txt`` in the root. A line is a name, or the paths of an image and of a
+      mask below the root. Lists are the safest choice for a folder that grows.
+    - fractions, drawn by a hash of the names.
+
+    Masks hold labels (grey, palette, 16 bits, ``.npy``) or colours. The classes of colours come from the first of
+    these that exists:
+
+    - `palette`
+    - a class map in the root: ``class_dict.csv`` (name, r, g, b), ``label_colors.txt`` (r g b name), or CVAT's
+      ``labelmap.txt``
+    - if `class_names` is not given either, the colours in the masks: each is a class, in the order of its RGB code.
 
     Args:
         root: folder that holds ``images/`` and ``masks/``.
         class_names: one name per label; None reads ``classes.txt`` in the root, one name per line, or a class map.
-        palette: one RGB colour per class, 0 to 255; None takes PASCAL VOC's colours, or those of the masks.
+        palette: one RGB colour per class, 0 to 255; None takes the colours of masks in colour, else PASCAL VOC's.
         void_values: stored mask values to ignore, besides 255.
         void_colors: colours to ignore in masks in colour.
-        label_map: stored mask value -> label, where values are not labels already, as in ``{0: 0, 255: 1}``.
+        label_map: stored mask value -> label, if stored values are not labels, as in ``{0: 0, 255: 1}``.
         bands: which bands of the images to read as stored (TIFF, ``.npy``, 16 bits), counted from 0; None reads RGB.
         image_dir: folder of the images below the root.
-        mask_dir: folder of the masks; the same, if a suffix tells them apart.
-        image_suffix: end of an image's stem that its mask's lacks, such as ``_sat``.
-        mask_suffix: end of a mask's stem that its image's lacks, such as ``_mask``.
-        val_fraction: share of the images for validation, where neither folders nor lists say it.
-        test_fraction: likewise for the test.
-        **kwargs: loaders, crops and the rest, see `SegmentationDataModule`.
+        mask_dir: folder of the masks below the root; it may be `image_dir` if a suffix tells images and masks apart.
+        image_suffix: end of the images' stems that the masks' stems lack, such as ``_sat``.
+        mask_suffix: end of the masks' stems that the images' stems lack, such as ``_mask``.
+        val_fraction: share of the images for validation, without folders and lists.
+        test_fraction: share of the images for the test, without folders and lists.
+        **kwargs: arguments of `SegmentationDataModule`, such as ``batch_size`` and ``crop_size``.
 
     Raises:
-        UserError: in `setup`, if the root or a folder in it is missing.
-        UserError: in `setup`, if an image has no mask, a mask no image, or the classes are nowhere named.
+        UserError: if the fractions leave nothing to train on, images and masks cannot be told apart, or `palette` has
+            another number of colours than there are classes.
+        UserError: in `setup`, if a folder or a partner is missing, or nothing names the classes.
     """
 
     def __init__(
@@ -70,7 +79,10 @@ class Folder(SegmentationDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise UserError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave some to train")
+            raise UserError(
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must not be negative, and "
+                "their sum must be below 1"
+            )
         if image_dir == mask_dir and image_suffix == mask_suffix:
             raise UserError(f"images and masks both lie in '{image_dir}': tell them apart by data.mask_suffix")
         self.fractions = (val_fraction, test_fraction)
@@ -79,28 +91,40 @@ class Folder(SegmentationDataModule):
         self.void_colors = [(int(r), int(g), int(b)) for r, g, b in void_colors]
         self.bands = None if bands is None else tuple(bands)
         self.in_channels = 3 if self.bands is None else len(self.bands)
-        self.given = palette is not None
-        self.colors: tuple[tuple[int, int, int], ...] | None = None  # of the masks, once one was looked at
-        self.looked, self.colors_unknown = False, ""
-        names = self.root / "classes.txt" if self.root else None
-        if class_names is None and names is not None and names.is_file():
-            class_names = read_lines(names)
-        if class_names is None and palette is None and self.class_map is not None:
-            class_names, palette = read_class_map(self.class_map)
-        self.class_names = list(class_names or ())
-        colors = palette or voc_palette(self.num_classes)
-        self.palette: list[tuple[int, int, int]] = [(int(r), int(g), int(b)) for r, g, b in colors]
+        self.palette_given = palette is not None
+        self.colors: tuple[Color, ...] | None = None  # the colour of each label, if the masks are in colour
+        self.looked = False  # whether `look_at_colors` has run
+        self.colors_unknown = ""  # why the classes of masks in colour are not known
+        self.name_classes(class_names, palette)
+
+    def name_classes(self, names: Sequence[str] | None, palette: Sequence[Sequence[int]] | None) -> None:
+        """Set the classes and their colours from the arguments, ``classes.txt`` or a class map."""
+        listing = self.root / "classes.txt" if self.root else None
+        if names is None and listing is not None and listing.is_file():
+            names = read_lines(listing)
+        if names is None and palette is None and self.class_map is not None:
+            names, palette = read_class_map(self.class_map)
+        self.class_names = list(names or ())
+        self.palette: list[Color] = [(int(r), int(g), int(b)) for r, g, b in palette or voc_palette(self.num_classes)]
         if len(self.palette) != self.num_classes:
             raise UserError(f"data.palette has {len(self.palette)} colours for {self.num_classes} classes")
 
     @property
     def class_map(self) -> Path | None:
-        """The file in the root that says what colours stand for."""
+        """The file in the root that names the class of each colour."""
         found = [self.root / name for name in CLASS_MAPS if (self.root / name).is_file()] if self.root else []
         return found[0] if found else None
 
     def setup(self, stage: str) -> None:
-        """Settle what colours stand for, then as `SegmentationDataModule.setup`."""
+        """Find out the classes of masks in colour, then list, check and keep the splits that a stage reads.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            UserError: if the masks are in colour and their classes are not known.
+            UserError: see `SegmentationDataModule.setup`.
+        """
         if stage != "predict" or self.predict_dir is None:
             self.look_at_colors()
             if self.colors_unknown:
@@ -108,44 +132,52 @@ class Folder(SegmentationDataModule):
         super().setup(stage)
 
     def samples(self, split: str) -> list[Sample]:
-        """Pair the files of a split."""
+        """Pair the files of a split.
+
+        Raises:
+            UserError: if a folder or a list is missing, or a list names a file that does not exist.
+        """
         self.look_at_colors()
         root = folder_of(self.root, f"{self.dirs[0]}/ and {self.dirs[1]}/")
         images, masks = root / self.dirs[0], root / self.dirs[1]
-        how = (*self.suffixes, self.bands, self.colors)
         if any((images / name).is_dir() for name in ("train", "val", "test")):
-            return pair(images / split, masks / split, *how)
+            return pair(images / split, masks / split, *self.suffixes, self.bands, self.colors)
         if (root / "train.txt").is_file():
-            return self.listed_samples(split, root / f"{split}.txt", [images, root], [masks, root])
-        return split_by_hash(pair(images, masks, *how), split, *self.fractions)
+            return self.listed_samples(root / f"{split}.txt", images, masks)
+        everything = pair(images, masks, *self.suffixes, self.bands, self.colors)
+        return split_by_hash(everything, split, *self.fractions)
 
-    def listed_samples(self, split: str, listing: Path, images: list[Path], masks: list[Path]) -> list[Sample]:
-        """The samples that a list names: a stem, a file, or an image and a mask.
+    def listed_samples(self, listing: Path, images: Path, masks: Path) -> list[Sample]:
+        """Return the samples that a list names, by a name, a file, or an image and a mask.
+
+        Args:
+            listing: the list, in the root.
+            images: folder of the images.
+            masks: folder of the masks.
 
         Raises:
-            UserError: if there is no such list.
-            UserError: for a name that is no file; an image and a mask need not exist here.
+            UserError: if the list does not exist, or a line names no sample. In a line of two paths, the files need
+                not exist here.
         """
+        root = listing.parent
         if not listing.is_file():
-            raise UserError(f"{listing.parent} has a train.txt but no {split}.txt")
-        everything = pair(images[0], masks[0], *self.suffixes, self.bands, self.colors) if images[0].is_dir() else []
-        by_name = {key: s for s in everything for key in (s.name, below(s.image, images[0]), below(s.mask, masks[0]))}
+            raise UserError(f"{root} holds a train.txt but no {listing.name}: add that list")
+        everything = pair(images, masks, *self.suffixes, self.bands, self.colors) if images.is_dir() else []
+        by_name = {key: s for s in everything for key in (s.name, below(s.image, images), below(s.mask, masks))}
         found = []
         for line in read_lines(listing):
             parts = [part.strip() for part in re.split(r"[\t,]", line)] if re.search(r"[\t,]", line) else line.split()
             if line in by_name:
                 found.append(by_name[line])
             elif len(parts) == 2:
-                image, mask = ((next((f / p for f in places if (f / p).is_file()), places[-1] / p))
-                               for p, places in zip(parts, (images, masks), strict=True))  # fmt: skip
-                name = Path(parts[0]).with_suffix("").as_posix()
-                found.append(Sample(name, image, mask, self.bands, self.colors))
+                image, mask = existing(parts[0], images, root), existing(parts[1], masks, root)
+                found.append(Sample(Path(parts[0]).with_suffix("").as_posix(), image, mask, self.bands, self.colors))
             else:
-                raise UserError(f"{listing} names {line}, which is not in {images[0]}")
+                raise UserError(f"{listing} names {line}, which is not in {images}: correct or remove that line")
         return found
 
     def look_at_colors(self) -> None:
-        """Find out, once, whether masks are colours, and what these stand for; or why that is not known."""
+        """Find out once whether the masks are in colour, and which classes they show or why that is not known."""
         if self.looked or self.root is None or not (self.root / self.dirs[1]).is_dir():
             return
         self.looked = True
@@ -157,23 +189,26 @@ class Folder(SegmentationDataModule):
                 self.colors_unknown = str(error)
 
     def learn_colors(self, masks: Sequence[Path]) -> None:
-        """Settle classes, palette and the colours of masks.
+        """Set the classes, the palette and the colour of each label.
 
         Raises:
-            UserError: if nothing says what the colours stand for, a class map cannot be read or contradicts the names,
-                or the colours are too many for classes.
+            UserError: if nothing names the classes of the colours, a class map cannot be read or has another number of
+                classes than `class_names`, or there are too many colours for classes.
         """
-        if self.class_map is not None and not self.given:
+        if self.class_map is not None and not self.palette_given:
             names, colors = read_class_map(self.class_map)
             if self.num_classes and len(names) != self.num_classes:
-                raise UserError(f"{self.class_map} has {len(names)} classes, data.class_names {self.num_classes}")
+                raise UserError(
+                    f"{self.class_map} has {len(names)} classes but data.class_names has {self.num_classes}: name the "
+                    "same classes in both"
+                )
             self.class_names, self.palette = self.class_names or names, colors
-        elif not self.given and self.num_classes:
+        elif not self.palette_given and self.num_classes:
             raise UserError(
-                f"{masks[0]} is a mask in colour, and nothing says what its colours stand for: give one colour per "
+                f"{masks[0]} is a mask in colour, and the classes of its colours are not known: give one colour per "
                 f"class in data.palette, or a {CLASS_MAPS[0]} in {self.root} (README, 'Masks in colour')"
             )
-        elif not self.given:
+        elif not self.palette_given:
             self.palette = [color for color in colors_found(masks) if color not in self.void_colors]
             self.class_names = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in self.palette]
             rank_zero_info(f"each colour of the masks is a class: {', '.join(self.class_names)}")
@@ -183,12 +218,17 @@ class Folder(SegmentationDataModule):
 
 
 def below(path: Path | None, folder: Path) -> str:
-    """A path below a folder, suffix and all."""
+    """Return a path relative to a folder, with its suffix; "" if it is not below the folder."""
     return path.relative_to(folder).as_posix() if path is not None and path.is_relative_to(folder) else ""
 
 
+def existing(path: str, folder: Path, root: Path) -> Path:
+    """Return a file below a folder if it exists there, else below the root."""
+    return folder / path if (folder / path).is_file() else root / path
+
+
 def is_color(path: Path) -> bool:
-    """Whether a mask is stored as colours that are not all grey; False for what cannot be read."""
+    """Return whether a mask holds a colour that is not grey; False if it cannot be read."""
     try:
         with Image.open(path) as file:
             if file.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
@@ -199,11 +239,11 @@ def is_color(path: Path) -> bool:
     return bool((pixels[..., :1] != pixels).any())
 
 
-def colors_found(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
-    """The colours of masks, in the order of their codes.
+def colors_found(paths: Sequence[Path]) -> list[Color]:
+    """List all colours of masks, in the order of their RGB codes.
 
     Raises:
-        UserError: for more than 256, as a lossy format makes them; the message names the first such file.
+        UserError: for more than 256 colours, which lossy formats produce; the message names the file that passes 256.
     """
 
     def codes(path: Path) -> np.ndarray:
@@ -216,17 +256,20 @@ def colors_found(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
             found |= set(some.tolist())
             if len(found) > 256:
                 raise UserError(
-                    f"{path} brings the masks' colours to {len(found)}: more than 256 are no classes, but what JPEG or "
-                    "smoothing leaves; save masks as PNG, without resizing"
+                    f"the masks up to {path} hold {len(found)} colours; more than 256 are no classes, but what JPEG or "
+                    "smoothing leaves: save masks as PNG, without resizing"
                 )
     return [(code >> 16, code >> 8 & 255, code & 255) for code in sorted(found)]
 
 
-def read_class_map(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Read names and colours: ``name,r,g,b``, ``r g b name`` or ``name:r,g,b::``, a class per line.
+def read_class_map(path: Path) -> tuple[list[str], list[Color]]:
+    """Read a class map: one class per line, as ``name,r,g,b``, ``r g b name`` or ``name:r,g,b::``.
+
+    Returns:
+        names and RGB colours of the classes.
 
     Raises:
-        UserError: for a line in none of these forms; the message names it.
+        UserError: for a line in none of these forms; the message quotes it.
     """
     names, colors = [], []
     for line in read_lines(path):
@@ -241,7 +284,9 @@ def read_class_map(path: Path) -> tuple[list[str], list[tuple[int, int, int]]]:
         else:
             name, *color = next(csv.reader([line], skipinitialspace=True))  # type: ignore[assignment]
         if len(color) != 3 or not all(part.strip().isdigit() and int(part) < 256 for part in color):
-            raise UserError(f"{path} has the line '{line}': a class is 'name,r,g,b', 'r g b name' or 'name:r,g,b::'")
+            raise UserError(
+                f"{path} has the line '{line}': write a class as 'name,r,g,b', 'r g b name' or 'name:r,g,b::'"
+            )
         names.append(name.strip())
         colors.append((int(color[0]), int(color[1]), int(color[2])))
     return names, colors

@@ -6,22 +6,23 @@ from typing import Any
 from .base import SegmentationDataModule
 from .download import Archive
 from .files import Sample, folder_of, read_lines, split_by_hash
+from .transforms import IGNORE
 
 
 class OxfordPets(SegmentationDataModule):
-    """Photographs of one cat or dog each, all sizes, with its border as a class of its own.
+    """Photographs of one cat or dog each, of all sizes; the animal's border is a third class.
 
-    Layout, as ``torchvision.datasets.OxfordIIITPet`` and `download` unpack it::
+    Layout, which ``torchvision.datasets.OxfordIIITPet`` and `download` both write::
 
         oxford-iiit-pet/images/NAME.jpg  oxford-iiit-pet/annotations/{trimaps/NAME.png,trainval.txt,test.txt}
 
-    Get it: `download` fetches it; about 0.8 GB.
+    Get it: `download` fetches it. It takes about 0.8 GB.
 
     Args:
         root: folder that holds ``oxford-iiit-pet/``.
-        ignore_border: leave the border out instead, for background and pet alone.
+        ignore_border: whether to ignore the border, so that only background and pet remain.
         val_fraction: share of ``trainval`` for validation, drawn by a hash of the names.
-        **kwargs: see `SegmentationDataModule`.
+        **kwargs: arguments of `SegmentationDataModule`.
     """
 
     class_names: Sequence[str] = ("background", "pet", "border")
@@ -43,14 +44,14 @@ class OxfordPets(SegmentationDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         self.val_fraction = val_fraction
-        self.label_map = {2: 0, 1: 1, 3: 255 if ignore_border else 2}
+        self.label_map = {2: 0, 1: 1, 3: IGNORE if ignore_border else 2}
         if ignore_border:
             self.class_names, self.palette = self.class_names[:2], self.palette[:2]
         held_out = round(3680 * val_fraction)
         self.expected_counts = {"train": 3680 - held_out, "val": held_out, "test": 3669}
 
     def samples(self, split: str) -> list[Sample]:
-        """Read ``trainval.txt``, shared out between train and val, or ``test.txt``.
+        """Read ``trainval.txt``, which is divided into train and val by a hash of the names, or ``test.txt``.
 
         Raises:
             UserError: if a folder or list is missing.

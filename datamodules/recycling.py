@@ -1,4 +1,4 @@
-"""Trash to be sorted: the recycling challenge's data set and TACO, in COCO's format with batches of images.
+"""Trash for recycling: the data set of the recycling challenge, and TACO. Both use COCO's format.
 
 Recycle Trash Dataset, NAVER Connect Foundation, 2021. P. F. Proença, P. Simões, "TACO: Trash Annotations in Context
 for Litter Detection", 2020, arXiv 2003.06975.
@@ -17,29 +17,29 @@ CLASSES = (
 
 
 class Recycling(COCO):
-    """Photographs of trash in ten classes and background; where objects overlap, the smaller lies on top.
+    """Photographs of trash in ten classes and background; the smaller of two overlapping objects lies on top.
 
-    Layout of the challenge, and of TACO, whose one file is shared out by a hash of the names::
+    Layout of the challenge, and of TACO, whose one file is divided into splits by a hash of the names::
 
         train.json  val.json  batch_01_vt/0002.jpg  batch_02_vt/...
         annotations.json      batch_1/000006.JPG    batch_2/...
 
-    Get it: github.com/connectfoundation/naverconnect-dataset-trash (the whole, 21,818 photographs, 112 GB; the
-    challenge's 3,272 came at 512 x 512), tacodataset.org (1,500 photographs).
+    Get it: github.com/connectfoundation/naverconnect-dataset-trash has 21,818 photographs (112 GB), of which the
+    challenge used 3,272 at 512 x 512 pixels; tacodataset.org has 1,500 photographs.
 
     Args:
         root: folder that holds the JSON files and batches.
-        classes: names of categories in the JSON files, in the order of their labels after ``background``; what is
-            not named is background. TACO has sixty others: name those that count.
-        val_fraction: share for validation, where there is no ``val.json``.
-        test_fraction: share for the test, where there is no ``test.json`` with labels.
-        **kwargs: see `SegmentationDataModule`.
+        classes: names of categories in the JSON files, in the order of their labels after ``background``. All other
+            categories are background. TACO has sixty other categories: name those to learn.
+        val_fraction: share of the images for validation, if there is one file for all splits.
+        test_fraction: share of the images for the test, if there is one file for all splits.
+        **kwargs: arguments of `SegmentationDataModule`.
     """
 
     source = "https://github.com/connectfoundation/naverconnect-dataset-trash; TACO: http://tacodataset.org"
     licence = "CC BY 2.0 (challenge), CC BY 4.0 (TACO, most photographs)"
     citation = "NAVER Connect Foundation, 2021; Proença, Simões, arXiv 2003.06975"
-    disk = "3,272 images of 512 x 512; TACO: 1,500 photographs"
+    disk = "3,272 images of 512 x 512 pixels; TACO: 1,500 photographs"
     expected_counts = {}
     archives = ()
 
@@ -57,10 +57,10 @@ class Recycling(COCO):
         self.fractions = (val_fraction, test_fraction)
 
     def samples(self, split: str) -> list[Sample]:
-        """Read a split's JSON, or share out the one that holds all.
+        """Read the JSON file of a split, or divide the one that holds all images.
 
         Raises:
-            UserError: if there is no JSON file.
+            UserError: if there is no JSON file, or it lacks a category.
         """
         root = folder_of(self.root, f"train.json and val.json, or annotations.json ({self.source})")
         if (root / "train.json").is_file():

@@ -1,8 +1,8 @@
-"""Joint transforms of image, mask and loss weight: what torchvision's v2 transforms lack for segmentation.
+"""Joint transforms of image, mask and pixel weights that torchvision's v2 transforms lack.
 
-They work on ``tv_tensors.Image`` of any number of channels and any dtype, ``tv_tensors.Mask`` and `PixelWeight`, and
-compose with every transform of torchvision v2. Labels and weights are only ever resampled to the nearest neighbour;
-pixels that come from outside the image are labelled 255 and weigh 0.
+They take ``tv_tensors.Image`` of any number of channels and any dtype, ``tv_tensors.Mask`` and `PixelWeight`, and
+compose with every transform of torchvision v2. Images are resampled bilinearly, masks and pixel weights to the nearest
+pixel. Pixels from outside the image get the label 255 and the weight 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +17,22 @@ from torchvision.transforms.v2 import functional as F
 
 from .errors import UserError
 
-IGNORE = 255  # the only label that losses and metrics leave out
+IGNORE = 255  # label of the pixels that losses and metrics leave out
 
 
 class PixelWeight(tv_tensors.Mask):
-    """A float factor on the loss of each pixel ``(H, W)``: v2 moves it as it moves a mask, but fills can tell them."""
+    """A factor on each pixel's loss, float ``(H, W)``: torchvision moves it like a mask, `outside` fills it with 0."""
 
 
 def outside(inpt: Tensor, fill: Sequence[float]) -> Tensor:
-    """What lies outside a picture, ``(C, 1, 1)`` float: `fill` for an image, 255 for a mask, 0 for a weight.
+    """Return the values outside a tensor: `fill` for an image, 255 for a mask, 0 for pixel weights.
+
+    Args:
+        inpt: image ``(C, H, W)``, mask or pixel weights ``(H, W)``.
+        fill: colour outside an image, one value or one per channel.
+
+    Returns:
+        float ``(C, 1, 1)``.
 
     Raises:
         UserError: if `fill` has neither one value nor one per channel.
@@ -38,15 +45,16 @@ def outside(inpt: Tensor, fill: Sequence[float]) -> Tensor:
 
 
 def resample(inpt: Tensor, fill: Sequence[float], move: Callable[[Tensor, InterpolationMode], Tensor]) -> Tensor:
-    """Move an image (bilinear), mask or weight (nearest) by a function of v2 that samples 0 outside the picture.
+    """Move an image (bilinear), a mask or pixel weights (nearest) by a function of v2 that samples 0 outside.
 
-    Zero is made to mean the colour outside: v2's own ``fill`` multiplies the seam of a picture twice by what it covers
-    of a pixel, which darkens it by up to a quarter even where the picture has the colour of `fill`.
+    The colour outside is subtracted before and added after, so that 0 stands for it. torchvision's own ``fill``
+    multiplies the pixels at the image's edge twice by the share that the image covers. This darkens the edge by up to
+    a quarter, even in an image that has the colour of `fill` everywhere.
 
     Args:
-        inpt: image ``(C, H, W)``, mask or weight ``(H, W)``, of any dtype.
+        inpt: image ``(C, H, W)``, mask or pixel weights ``(H, W)``, of any dtype.
         fill: see `outside`.
-        move: called with floats ``(C, H, W)`` and the interpolation.
+        move: is called with floats ``(C, H, W)`` and the interpolation.
     """
     is_mask = isinstance(inpt, tv_tensors.Mask)
     x = inpt.as_subclass(torch.Tensor)
@@ -59,26 +67,26 @@ def resample(inpt: Tensor, fill: Sequence[float], move: Callable[[Tensor, Interp
 
 
 class RandomScaleCrop(v2.Transform):
-    """Scale image and mask by a random factor, then cut a random window of fixed size (DeepLab v2, section 4.1).
+    """Random scaling of image and mask, then a random window of fixed size (DeepLab v2, section 4.1).
 
-    The window is chosen first and cut from the unscaled picture, so that only the pixels that survive are resampled:
-    at crop 321 on CamVid about twice as fast as scaling the whole image. Where the scaled image is smaller than the
-    window it lies at a random place in it.
+    The window is chosen first and cut from the unscaled image, so that only the pixels inside it are resampled. With a
+    crop of 321 on CamVid, this is about twice as fast as scaling the whole image. A scaled image that is smaller than
+    the window lies at a random place in it.
 
     Args:
         crop_size: height and width of the result in pixels; one number for a square.
         scale_range: smallest and largest factor, drawn uniformly; (1, 1) only crops.
         fill: colour outside the image, one value per channel, in the image's own units (usually the data's mean).
-        max_class_share: a window where one label takes more than this share of the labelled pixels, or where nothing
-            is labelled, is drawn again at the same scale, at most 10 times; then it is kept. Below 1 the crops show
-            rare classes more often, 0.75 is usual; 1 takes every window.
+        max_class_share: a window is drawn again at the same scale, at most 10 times, if one label takes more than
+            this share of its labelled pixels, or if none of its pixels is labelled. Values below 1 show rare classes
+            more often, 0.75 is usual; 1 takes every window.
 
     Shape:
-        image ``(C, H, W)``, mask and weight ``(H, W)`` -> ``(C, *crop_size)``, ``(*crop_size)``.
+        image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> ``(C, *crop_size)``, ``(*crop_size)``.
 
     Raises:
-        UserError: if a side of the window, a factor or the share is not positive, the factors are in the wrong order,
-            or the share is above 1.
+        UserError: if a side of the window, a factor or the share is not positive, if the smallest factor is above the
+            largest, or if the share is above 1.
     """
 
     def __init__(
@@ -100,14 +108,18 @@ class RandomScaleCrop(v2.Transform):
         self.max_class_share = max_class_share
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the scale and the window; each side as (first source pixel, source pixels, result pixels, offset)."""
+        """Draw the scale and the window.
+
+        Returns:
+            ``rows`` and ``columns``, each (first source pixel, source pixels, result pixels, offset in the result).
+        """
         scale = float(torch.empty(()).uniform_(*self.scale_range))
         height, width = flat_inputs[0].shape[-2:]
         masks = [x for x in flat_inputs if isinstance(x, tv_tensors.Mask) and not isinstance(x, PixelWeight)]
         for _ in range(11):
             rows = self._window(height, self.crop_size[0], scale)
             columns = self._window(width, self.crop_size[1], scale)
-            # counted before scaling, which leaves the shares as they are
+            # the labels are counted before scaling, because scaling does not change their shares
             if self.max_class_share == 1 or all(self._is_varied(mask, rows, columns) for mask in masks):
                 break
         return {"rows": rows, "columns": columns}
@@ -129,16 +141,16 @@ class RandomScaleCrop(v2.Transform):
         return 0, length, kept, int(torch.randint(crop - kept + 1, ()))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Cut, resize and pad one tensor with the drawn window."""
+        """Cut the drawn window from one tensor, resize it, and pad it where the image is too small."""
         top, height, new_height, above = params["rows"]
         left, width, new_width, before = params["columns"]
         is_mask = isinstance(inpt, tv_tensors.Mask)
-        # plain tensors, because v2 resizes a Mask with "nearest", which is half a pixel off from the bilinear image
+        # plain tensors, because v2 resizes a Mask with "nearest", which is shifted by half a pixel
         x = inpt.as_subclass(torch.Tensor)[..., top : top + height, left : left + width]
         x = x[None] if is_mask else x
         if (height, width) != (new_height, new_width):
             mode = InterpolationMode.NEAREST_EXACT if is_mask else InterpolationMode.BILINEAR
-            deep = x.dtype == torch.uint16  # v2 rounds all other integers, but cuts these off
+            deep = x.dtype == torch.uint16  # v2 rounds all other integers, but truncates these
             x = F.resize(x.float() if deep else x, [new_height, new_width], interpolation=mode, antialias=not is_mask)
             x = x.round().to(torch.uint16) if deep else x
         if (new_height, new_width) != self.crop_size:
@@ -151,19 +163,18 @@ class RandomScaleCrop(v2.Transform):
 
 
 class ElasticDeformation(v2.Transform):
-    """Bend the picture by a smooth random field: displacements on a coarse grid, bicubic in between.
+    """Smooth random deformation: random displacements on a coarse grid, interpolated bicubically.
 
     O. Ronneberger, P. Fischer, T. Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI
-    2015, arXiv 1505.04597, section 3.1. The grid's outer points lie in the picture's corners.
+    2015, arXiv 1505.04597, section 3.1. The grid's corners are the image's corners.
 
     Args:
-        sigma: standard deviation of a grid point's displacement, along each axis, in pixels.
+        sigma: standard deviation of a grid point's displacement along each axis, in pixels.
         grid: points along each side of the grid.
         fill: colour outside the image, one value per channel, in the image's own units (usually the data's mean).
 
     Shape:
-        image ``(C, H, W)``, mask and weight ``(H, W)`` -> the same; the image is sampled bilinearly, the others to
-        the nearest pixel, all by one field.
+        image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> the same; all are deformed by one field.
 
     Raises:
         UserError: if `sigma` is negative or the grid has fewer than 2 points along a side.
@@ -176,7 +187,7 @@ class ElasticDeformation(v2.Transform):
         self.sigma, self.grid, self.fill = sigma, grid, list(fill)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the field: where each pixel comes from, relative to itself, ``(1, H, W, 2)`` in pixels along x and y."""
+        """Draw the field: the offset from each pixel to its source, ``(1, H, W, 2)`` in pixels along x and y."""
         height, width = flat_inputs[0].shape[-2:]
         points = self.sigma * torch.randn(1, 2, self.grid, self.grid)
         field = nnf.interpolate(points, (height, width), mode="bicubic", align_corners=True)
@@ -185,40 +196,40 @@ class ElasticDeformation(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Sample one tensor through the field."""
         height, width = inpt.shape[-2:]
-        displacement = params["displacement"] * 2 / torch.tensor([width, height])  # v2 counts in half picture sides
+        displacement = params["displacement"] * 2 / torch.tensor([width, height])  # v2 measures in half sides
         return resample(inpt, self.fill, lambda x, mode: F.elastic(x, displacement, interpolation=mode))
 
 
 class RandomRotation(v2.RandomRotation):
-    """Turn the picture about its centre by a random angle; its size stays.
+    """Rotation about the centre by a random angle; the size does not change.
 
     Args:
-        degrees: drawn uniformly from -degrees to degrees, or from (smallest, largest); positive turns to the left.
+        degrees: the angle is drawn uniformly from -degrees to degrees, or from (smallest, largest); positive angles
+            turn to the left.
         fill: colour outside the image, one value per channel, in the image's own units (usually the data's mean).
 
     Shape:
-        image ``(C, H, W)``, mask and weight ``(H, W)`` -> the same; the image is sampled bilinearly, the others to
-        the nearest pixel.
+        image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> the same.
     """
 
     def __init__(self, degrees: float | Sequence[float], fill: Sequence[float] = (0,)) -> None:
         super().__init__(degrees)
-        self.colour = list(fill)  # ``fill`` is v2's own
+        self.colour = list(fill)  # v2's class has an attribute ``fill``
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Turn one tensor by the drawn angle."""
+        """Rotate one tensor by the drawn angle."""
         return resample(inpt, self.colour, lambda x, mode: F.rotate(x, params["angle"], interpolation=mode))
 
 
 class RandomHorizontalFlip(v2.RandomHorizontalFlip):
-    """Mirror the picture left to right, half of the times: v2's, also where this torch cannot flip uint16.
+    """torchvision's flip with probability 0.5, for uint16 too, which some versions of torch cannot flip.
 
     Shape:
-        image ``(C, H, W)``, mask and weight ``(H, W)`` -> the same.
+        image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> the same.
     """
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Mirror one tensor; 16 bits move alike with a sign and without."""
+        """Flip one tensor; uint16 is flipped as int16, because only the place of its bits changes."""
         if inpt.dtype != torch.uint16:
             return super().transform(inpt, params)
         bits = F.horizontal_flip(inpt.as_subclass(torch.Tensor).view(torch.int16))
@@ -226,16 +237,16 @@ class RandomHorizontalFlip(v2.RandomHorizontalFlip):
 
 
 class BandJitter(v2.Transform):
-    """Change brightness and contrast of each band by factors of its own, for images that ``v2.ColorJitter`` refuses.
+    """Random brightness and contrast per band, for images that ``v2.ColorJitter`` does not accept.
 
-    Contrast moves a band's pixels from or to the band's mean, brightness multiplies them. Integers are clamped to
-    their dtype's range, floats are not clamped; pixels that are nan stay so and do not count.
+    Contrast moves a band's pixels away from or towards the band's mean, and brightness multiplies them. Integers are
+    clamped to the range of their dtype, floats are not. Pixels that are nan stay nan and do not count for the mean.
 
     Args:
-        strength: factors are drawn uniformly from 1 - strength, 0 at least, to 1 + strength.
+        strength: factors are drawn uniformly from max(0, 1 - strength) to 1 + strength.
 
     Shape:
-        image ``(C, H, W)`` -> the same, in its own dtype; masks and weights pass.
+        image ``(C, H, W)`` -> the same, in the same dtype; masks and pixel weights do not change.
 
     Raises:
         UserError: if `strength` is negative.
@@ -248,13 +259,13 @@ class BandJitter(v2.Transform):
         self.strength = strength
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw both factors of each band, ``(C, 1, 1)``."""
+        """Draw the two factors of each band, each ``(C, 1, 1)``."""
         image = next(x for x in flat_inputs if not isinstance(x, tv_tensors.Mask))
         factors = torch.empty(2, image.shape[-3], 1, 1).uniform_(max(0.0, 1 - self.strength), 1 + self.strength)
         return {"brightness": factors[0], "contrast": factors[1]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Change an image, pass the rest."""
+        """Change an image; return masks and pixel weights as they are."""
         if isinstance(inpt, tv_tensors.Mask):
             return inpt
         x = inpt.as_subclass(torch.Tensor)

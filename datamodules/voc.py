@@ -21,11 +21,11 @@ SBD = "benchmark_RELEASE/dataset"
 
 @dataclass(frozen=True)
 class SBDSample(Sample):
-    """A picture whose mask is a ``.mat`` file of SBD."""
+    """An image whose mask is a ``.mat`` file of SBD."""
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Decode: image ``(3, H, W)``, mask ``(H, W)``, both uint8."""
-        from scipy.io import loadmat  # only here, and it takes its time
+        """Decode the image ``(3, H, W)`` and the mask ``(H, W)``, both uint8."""
+        from scipy.io import loadmat  # only SBD needs it
 
         assert self.image is not None and self.mask is not None
         with decoding(self.mask, "a mask of SBD"):
@@ -34,22 +34,24 @@ class SBDSample(Sample):
 
 
 class VOC(SegmentationDataModule):
-    """Photographs of twenty kinds of objects and background; object borders are 255 and ignored.
+    """Photographs in twenty classes of objects and background; the borders of objects are 255 and ignored.
 
     Layout, as ``VOCtrainval_11-May-2012.tar`` unpacks::
 
         VOCdevkit/VOC2012/JPEGImages/  SegmentationClass/  ImageSets/Segmentation/{train,val}.txt
 
-    and for ``trainaug``, either the masks ``VOCdevkit/VOC2012/SegmentationClassAug/`` that are passed around (with
-    or without a list ``trainaug.txt``), or SBD as its ``benchmark.tgz`` unpacks, ``benchmark_RELEASE/dataset/{img,
-    cls,train.txt,val.txt}``: all images of VOC's and of SBD's lists but those of VOC's ``val``.
+    The split ``trainaug`` holds all images in the lists of VOC and of SBD but those in VOC's ``val``. It needs one of
 
-    Get it: `download` fetches VOC, and SBD where `train_split` needs it; about 2 GB and 1.5 GB on disk.
+    - the masks ``VOCdevkit/VOC2012/SegmentationClassAug/`` that several projects distribute, with or without a list
+      ``trainaug.txt``
+    - SBD, as its ``benchmark.tgz`` unpacks: ``benchmark_RELEASE/dataset/{img,cls,train.txt,val.txt}``
+
+    Get it: `download` fetches VOC (about 2 GB on disk), and SBD (1.5 GB) if `train_split` needs it.
 
     Args:
         root: folder that holds ``VOCdevkit/``.
-        train_split: ``trainaug``, 10,582 images on which the papers train, or ``train``, 1,464.
-        **kwargs: see `SegmentationDataModule`; the test labels are not public, so `test_split` is ``val``.
+        train_split: ``trainaug``, the 10,582 images on which the papers train, or ``train``, 1,464 images.
+        **kwargs: arguments of `SegmentationDataModule`; `test_split` is ``val``, as the test labels are not public.
 
     Raises:
         UserError: for another `train_split`.
@@ -61,7 +63,7 @@ class VOC(SegmentationDataModule):
     )  # fmt: skip
     palette = voc_palette(21)
     source = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012; SBD: http://home.bharathh.info/pubs/codes/SBD"
-    licence = "the photographs are Flickr's; research use"
+    licence = "research use; the photographs are from Flickr"
     citation = "Everingham et al., IJCV 111 (2015); Hariharan et al., ICCV 2011"
     disk = "about 2 GB, and 1.5 GB for SBD"
     archives: Sequence[Archive] = (
@@ -80,14 +82,14 @@ class VOC(SegmentationDataModule):
     ) -> None:
         super().__init__(root, test_split=test_split, **kwargs)
         if train_split not in ("train", "trainaug"):
-            raise UserError(f"data.train_split is 'trainaug' or 'train', got '{train_split}'")
+            raise UserError(f"data.train_split must be 'trainaug' or 'train', got '{train_split}'")
         self.train_split = train_split
         self.expected_counts = {"train": {"train": 1464, "trainaug": 10582}[train_split], "val": 1449}
         if train_split == "trainaug":
             self.archives = (*VOC.archives, VOC.sbd)
 
     def samples(self, split: str) -> list[Sample]:
-        """List VOC's ``train`` or ``val``, or put ``trainaug`` together.
+        """List VOC's ``train`` or ``val``, or build ``trainaug`` from VOC and SBD.
 
         Raises:
             UserError: if a folder or list is missing.
@@ -112,8 +114,8 @@ class VOC(SegmentationDataModule):
         sbd = folder_of(self.root, "") / SBD
         if not sbd.is_dir():
             raise UserError(
-                f"trainaug needs {base / 'SegmentationClassAug'} or {sbd}: put one there, or set "
-                "data.train_split: train"
+                f"trainaug needs the folder {base / 'SegmentationClassAug'} or {sbd}: get one of them "
+                "(data.download: true fetches SBD), or set data.train_split: train"
             )
         extra = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")} - held_out - set(own)
         more = [SBDSample(name, sbd / f"img/{name}.jpg", sbd / f"cls/{name}.mat") for name in extra]

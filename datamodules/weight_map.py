@@ -1,10 +1,11 @@
-"""U-Net's loss weights, which make it learn the thin borders between touching objects.
+"""U-Net's pixel weights, which make the network learn the thin borders between touching objects.
 
 O. Ronneberger, P. Fischer, T. Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015,
 arXiv 1505.04597, section 3, equation 2 and figure 3.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from .errors import UserError
 from .transforms import IGNORE
 
 NEGLIGIBLE = 1e-6  # share of w0 below which a border term counts as 0
+
+
+@dataclass(frozen=True)
+class BorderWeight:
+    """`border_weights` with the constants of one data set; its ``repr`` is part of the cache's key."""
+
+    w0: float
+    sigma: float
+    class_weights: tuple[float, ...]
+
+    def __call__(self, mask: Tensor, instances: Tensor | None) -> Tensor:
+        return border_weights(mask, instances, self.w0, self.sigma, self.class_weights)
 
 
 def border_weights(
@@ -26,18 +39,20 @@ def border_weights(
     """Weigh each pixel by its class, and the background between two objects by how narrow the gap is.
 
     w(x) = w_c(x) + w0 * exp(-(d1 + d2)^2 / (2 sigma^2)), where d1 and d2 are the distances in pixels from x to the
-    nearest pixels of the nearest and the second nearest object. The second term stands on background pixels (label 0)
-    alone: the paper's equation does not say so, but its figure 3 shows flat weights on the cells, and there d1 = 0
-    would reward a cell's own rim more than the gap that is to be learned.
+    nearest object and to the second nearest object.
+
+    Differs from the paper: the second term is added on background pixels (label 0) only. The equation does not say
+    so, but figure 3 shows constant weights on the cells. There d1 is 0, so the term would raise the weight of a
+    cell's own rim above that of the gap, which is what the network must learn.
 
     Args:
-        mask: labels; 0 is background, 255 is ignored and gets weight 0.
-        instances: a number per object, 0 where there is none. None takes the connected pixels of one class (above,
-            below, left, right) as an object, which joins objects that touch.
-        w0: weight added in a gap of no width.
-        sigma: width at which that weight falls, in pixels.
+        mask: labels; 0 is background, and 255 is ignored and gets weight 0.
+        instances: a number for each object, and 0 elsewhere. None takes the connected pixels of one class (above,
+            below, left, right) as an object, so objects that touch count as one.
+        w0: weight that is added in a gap of width 0.
+        sigma: how fast that weight falls with the gap's width, in pixels.
         class_weights: w_c, one weight per class. None weighs the classes that occur by the inverse of their frequency
-            in this mask, with mean 1 over the labelled pixels.
+            in this mask, so that the mean over the labelled pixels is 1.
 
     Shape:
         mask ``(H, W)``, instances ``(H, W)`` -> float32 ``(H, W)``.
@@ -45,8 +60,6 @@ def border_weights(
     Raises:
         UserError: if mask and instances differ in size, `sigma` is not positive, or a label has no class weight.
     """
-    from scipy import ndimage
-
     if instances is not None and instances.shape != mask.shape:
         raise UserError(f"the mask is {tuple(mask.shape)}, but the instances are {tuple(instances.shape)}")
     if sigma <= 0:
@@ -64,24 +77,47 @@ def border_weights(
         factors[present] = np.asarray(class_weights)[present]
     weights = factors[labels].astype(np.float32)
 
-    objects = np.zeros(labels.shape, np.int32)
-    if instances is None:
-        for label in present[present > 0]:
-            parts, _ = ndimage.label(labels == label)
-            objects[parts > 0] = parts[parts > 0] + objects.max()
-    else:
-        given = instances.numpy()
-        objects[given != 0] = np.unique(given[given != 0], return_inverse=True)[1] + 1  # 1, 2, 3, ... from any numbers
-
-    # Beyond this distance an object has no say, so its distances are only computed in a window around it.
+    objects = connected_objects(labels) if instances is None else renumbered(instances.numpy())
     reach = int(np.ceil(sigma * np.sqrt(-2 * np.log(NEGLIGIBLE))))
-    nearest = np.full(labels.shape, np.inf, np.float32)
+    nearest, second = two_distances(objects, reach)
+    gap = labels == 0
+    weights[gap] += w0 * np.exp(-((nearest[gap] + second[gap]) ** 2) / (2 * sigma**2))
+    return torch.from_numpy(weights)
+
+
+def connected_objects(labels: np.ndarray) -> np.ndarray:
+    """Number the connected pixels of each class but background and ignored: int32 ``(H, W)``, 0 elsewhere."""
+    from scipy import ndimage  # only these weights need it
+
+    objects = np.zeros(labels.shape, np.int32)
+    for label in np.setdiff1d(np.unique(labels), (0, IGNORE)):
+        parts, _ = ndimage.label(labels == label)
+        objects[parts > 0] = parts[parts > 0] + objects.max()
+    return objects
+
+
+def renumbered(instances: np.ndarray) -> np.ndarray:
+    """Replace any numbers of objects by 1, 2, 3, ...: int32 ``(H, W)``, 0 stays 0."""
+    objects = np.zeros(instances.shape, np.int32)
+    objects[instances != 0] = np.unique(instances[instances != 0], return_inverse=True)[1] + 1
+    return objects
+
+
+def two_distances(objects: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the distances in pixels to the nearest and to the second nearest object, each float32 ``(H, W)``.
+
+    Args:
+        objects: numbers 1, 2, 3, ... and 0 elsewhere, ``(H, W)``.
+        reach: distance in pixels beyond which an object adds nothing. Its distances are computed in a window that
+            reaches so far, and stay infinite outside.
+    """
+    from scipy import ndimage
+
+    nearest = np.full(objects.shape, np.inf, np.float32)
     second = nearest.copy()
     for number, box in enumerate(ndimage.find_objects(objects), 1):
         window = tuple(slice(max(side.start - reach, 0), side.stop + reach) for side in box)
         distance = ndimage.distance_transform_edt(objects[window] != number).astype(np.float32)
         second[window] = np.minimum(second[window], np.maximum(nearest[window], distance))
         nearest[window] = np.minimum(nearest[window], distance)
-    gap = labels == 0
-    weights[gap] += w0 * np.exp(-((nearest[gap] + second[gap]) ** 2) / (2 * sigma**2))
-    return torch.from_numpy(weights)
+    return nearest, second

@@ -297,7 +297,7 @@ def test_weight_maps_go_with_their_pictures(tree):
     discs = batch["pixel_weight"][batch["mask"] == 1]
     assert discs.unique().tolist() == pytest.approx([float(balance[1])])
     assert "pixel_weight" not in batches(data, "val")[0]
-    assert len(data.weights.kept) == 12  # one per training image, before any epoch
+    assert len(data.weight_maps.kept) == 12  # one per training image, before any epoch
 
 
 def test_items_do_not_depend_on_the_number_of_workers(tree):
@@ -382,7 +382,7 @@ def test_download_goes_on_checks_and_unpacks_once(server, tmp_path, suffix):
 
 def test_download_of_other_bytes_is_refused(server, tmp_path):
     archive(tmp_path / "served/data.zip", {"a": b"a"})
-    with pytest.raises(ValueError, match="came with another md5"):
+    with pytest.raises(ValueError, match="does not have the md5 000"):
         fetch(Archive(f"{server[1]}/data.zip", "md5:" + 32 * "0"), tmp_path / "root")
     assert not list((tmp_path / "root").iterdir())
 
