@@ -14,8 +14,8 @@ from ...base import SegmentationModule
 from ...checkpoints import load_trained
 from ...errors import UserError
 from .drawing import draw_layers, draw_network
-from .fields import Field, effective_field, layer_fields, map_sizes, network_fields, read_layer
-from .tables import effect_table, field_table, live_taps, main_rows
+from .fields import Field, effective_field, layer_fields, network_fields, read_layer
+from .tables import effect_table, field_table, main_rows, network_table
 
 CONSOLE = Console(width=120)
 
@@ -104,15 +104,8 @@ def analyse_network(
     pixels = read_image(image, size, network.in_channels)
     fields = fields_on_one_thread(network, stages)
     fields = fields if stages else main_rows(fields)
-    height, width = pixels.shape[1:]
     network.to(device)
-    sizes = map_sizes(network, (height, width))
-    columns = {
-        "map": [" x ".join(map(str, sizes.get(field.stage, ()))) for field in fields],
-        "live taps": [live_taps(network, field, (height, width)) for field in fields],
-    }
-    CONSOLE.print(field_table(f"What one unit of {name} sees, of {height} x {width} px", fields, columns))
-
+    CONSOLE.print(network_table(network, fields, pixels.shape[1:]))
     effects = {"in effect, before training" if checkpoint else "in effect": effective_field(network, pixels)}
     if checkpoint is not None:
         load_trained(network, checkpoint)

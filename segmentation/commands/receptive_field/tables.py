@@ -9,7 +9,8 @@ from rich.box import ASCII2
 from rich.table import Table
 from torch import Tensor, nn
 
-from .fields import Field
+from ...base import SegmentationModule
+from .fields import Field, map_sizes
 
 ROWS = 15  # of a table that can be read at a glance
 
@@ -31,6 +32,23 @@ def main_rows(fields: Sequence[Field]) -> list[Field]:
     if len(kept) > ROWS:
         kept = [field for field in kept if not field.stage.endswith(")")]
     return kept
+
+
+def network_table(network: SegmentationModule, fields: Sequence[Field], image_size: Sequence[int]) -> Table:
+    """Build the table of a network: its fields, the sizes of its feature maps, and the live taps of dilated stages.
+
+    Args:
+        network: holds the stages.
+        fields: the rows.
+        image_size: height and width in pixels.
+    """
+    sizes = map_sizes(network, image_size)
+    columns = {
+        "map": [" x ".join(map(str, sizes.get(field.stage, ()))) for field in fields],
+        "live taps": [live_taps(network, field, image_size) for field in fields],
+    }
+    height, width = image_size
+    return field_table(f"What one unit of {type(network).__name__} sees, of {height} x {width} px", fields, columns)
 
 
 def field_table(title: str, fields: Sequence[Field], columns: Mapping[str, Sequence[str]]) -> Table:
