@@ -1,13 +1,13 @@
-"""DenseCRF: what a plain loop over pydensecrf costs, and what the callback's way costs, in one run.
+"""Measure the time of DenseCRF: a plain loop over pydensecrf, and the faster ways of the callback.
 
     python benchmarks/dense_crf.py                                  # drawn pictures
     python benchmarks/dense_crf.py --images FOLDER --workers 2      # photographs
-    python benchmarks/dense_crf.py --device cuda                    # the torch backend on a GPU, too
+    python benchmarks/dense_crf.py --device cuda                    # also the torch backend on a GPU
 
-Each picture is 500 x 375 with 21 classes, as in VOC 2012, of which few occur: the probabilities are those of a network
-of stride 8 that is sure of some regions and not of their borders. The plain loop solves one picture after another with
-all classes; other rows leave out classes that are nowhere probable and, with workers, solve several pictures at once.
-Rows are measured in turn, several times, and the smallest time of each counts.
+Each picture is 500 x 375 with 21 classes, as in VOC 2012, of which few occur. The probabilities imitate a network of
+stride 8 that is sure of some regions and unsure of their borders. The plain loop refines one picture after another with
+all classes. Other rows leave out classes that are nowhere probable; with workers, they refine several pictures at once.
+The rows are measured in turn, several times, and the shortest time of each is reported.
 """
 
 import sys
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 from rich.box import ASCII2
 from rich.console import Console
@@ -35,7 +35,7 @@ CRF = PRESETS["deeplabv2"]
 
 
 def pictures(folder: str | None, count: int) -> list[Tensor]:
-    """Photographs of a folder or drawn scenes: uint8 ``(1, 3, 375, 500)``."""
+    """Return photographs of a folder or drawn scenes, each uint8 ``(1, 3, 375, 500)``."""
     if folder is None:
         data = SyntheticScenes()
         data.setup("test")
@@ -49,7 +49,7 @@ def pictures(folder: str | None, count: int) -> list[Tensor]:
 
 
 def probabilities(picture: Tensor, seed: int, occurring: int) -> Tensor:
-    """Probabilities as of a network of stride 8, on regions of similar colour: ``(1, 21, 375, 500)``."""
+    """Imitate a network of stride 8 on regions of similar colour: probabilities ``(1, 21, 375, 500)``."""
     generator = torch.Generator().manual_seed(seed)
     small = F.interpolate(picture.float(), scale_factor=1 / 8, mode="area")
     centres = small.flatten(2)[0, :, torch.randperm(small[0, 0].numel(), generator=generator)[:occurring]]  # (3, n)
@@ -60,20 +60,8 @@ def probabilities(picture: Tensor, seed: int, occurring: int) -> Tensor:
     return F.interpolate(logits, size=(HEIGHT, WIDTH), mode="bilinear").softmax(dim=1)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=str | None, default=None, help="folder of photographs")
-    parser.add_argument("--count", type=int, default=8, help="pictures")
-    parser.add_argument("--occurring", type=int, default=3, help="classes that occur")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--bound", type=float, default=0.05, help="classes that are nowhere more probable are left out")
-    parser.add_argument("--repeats", type=int, default=3, help="times that every row is measured")
-    parser.add_argument("--device", type=str, default="cpu", help="of one more row")
-    args = parser.parse_args()
-    images = pictures(args.images, args.count)
-    probs = [probabilities(image, seed, args.occurring) for seed, image in enumerate(images)]
-    torch.set_num_threads(1)
+def ways(args: Namespace, probs: list[Tensor], images: list[Tensor]) -> dict[str, Callable[[], list[Tensor]]]:
+    """Return the ways to refine all pictures, by the name of their row; the first is the plain loop."""
     context = torch.multiprocessing.get_context()
     pool = ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,))
 
@@ -99,19 +87,44 @@ def main() -> None:
     }
     if args.device != "cpu":
         rows[f"torch, one batch on {args.device}"] = on_device
+    return rows
+
+
+def measure(
+    rows: dict[str, Callable[[], list[Tensor]]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Run all rows in turn; return the seconds of each repeat, and the labels, both by the name of the row."""
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     labels = {}
-    for repeat in range(args.repeats + 1):  # the first warms up: processes start, and so does a GPU
+    for repeat in range(repeats + 1):  # the first run only starts the processes and the GPU
         for name, run in rows.items():
             start = time.perf_counter()
             result = run()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
             labels[name] = torch.cat(result).argmax(dim=1)
+    return seconds, labels
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=str | None, default=None, help="folder of photographs")
+    parser.add_argument("--count", type=int, default=8, help="number of pictures")
+    parser.add_argument("--occurring", type=int, default=3, help="number of classes that occur")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes")
+    parser.add_argument("--bound", type=float, default=0.05, help="leave out classes that are nowhere more probable")
+    parser.add_argument("--repeats", type=int, default=3, help="how many times every row is measured")
+    parser.add_argument("--device", type=str, default="cpu", help="device of one more row")
+    args = parser.parse_args()
+    images = pictures(args.images, args.count)
+    probs = [probabilities(image, seed, args.occurring) for seed, image in enumerate(images)]
+    torch.set_num_threads(1)
+    seconds, labels = measure(ways(args, probs, images), args.repeats)
     kept = sum(int((p.amax(dim=(0, 2, 3)) > args.bound).sum()) for p in probs) / len(probs)
     title = f"{len(images)} pictures, {WIDTH} x {HEIGHT}, {CLASSES} classes, {kept:.1f} of them above {args.bound}"
     table = Table("", "s per picture", "times as fast", "labels equal", title=title, box=ASCII2)
-    first = next(iter(rows))
+    first = next(iter(seconds))
     for name, times in seconds.items():
         equal = (labels[name] == labels[first]).float().mean().item()
         ratio = min(seconds[first]) / min(times)
