@@ -1,4 +1,4 @@
-"""DenseCRF: against sums over all pairs of pixels, against pydensecrf, by hand, and as a callback and a command."""
+"""Compare DenseCRF with sums over all pairs of pixels, with pydensecrf and by hand; try the callback and commands."""
 
 import csv
 import importlib.util
@@ -25,7 +25,7 @@ needs_pydensecrf = pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is 
 
 
 def noisy(seed: int, height: int = 48, width: int = 64, certainty: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """Probabilities (1, 3, H, W) that are right but for noise, the picture (1, 3, H, W), and the truth (1, H, W)."""
+    """Return noisy probabilities (1, 3, H, W), the picture (1, 3, H, W), and the truth (1, H, W)."""
     image, labels = draw_pair(seed, height, width)
     truth = torch.from_numpy(labels).long()[None]
     logits = certainty * torch.nn.functional.one_hot(truth, 3).permute(0, 3, 1, 2)
@@ -34,7 +34,7 @@ def noisy(seed: int, height: int = 48, width: int = 64, certainty: float = 1.0) 
 
 
 def by_pairs(probs: torch.Tensor, image: torch.Tensor, crf: CRF) -> torch.Tensor:
-    """Algorithm 1 of Krähenbühl and Koltun with exact Gaussians, summed over all pairs of pixels, in float64."""
+    """Run algorithm 1 of Krähenbühl and Koltun with exact Gaussians over all pairs of pixels, in float64."""
     k, height, width = probs.shape[1:]
     y, x = np.mgrid[:height, :width]
     position = np.stack([x, y], axis=-1).reshape(-1, 2).astype(float)
@@ -56,7 +56,7 @@ def by_pairs(probs: torch.Tensor, image: torch.Tensor, crf: CRF) -> torch.Tensor
 
 @pytest.mark.parametrize("crf", [CRF(4, 12, 20, 3, 1), CRF(5, 8, 40, 3, 3)])
 def test_mean_field_is_that_of_exact_gaussians(crf):
-    """The lattice is an approximation of the kernels; the labels are the same but for a pixel here and there."""
+    """The lattice approximates the kernels, so a few labels differ."""
     probs, image, truth = noisy(0, 32, 40)
     exact, ours = by_pairs(probs, image, crf).argmax(dim=1), refine(probs, image, crf, bound=0).argmax(dim=1)
     changed = (exact != probs.argmax(dim=1)).float().mean()
@@ -78,7 +78,7 @@ def test_both_backends_are_the_same_algorithm(preset, size):
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("pydensecrf", marks=needs_pydensecrf)])
 def test_one_pixel_by_hand(backend):
-    """Alone in the world, a pixel hears itself: q <- softmax(log p + (w1 + w2) q), as its kernels are normalised."""
+    """A single pixel hears only itself: q <- softmax(log p + (w1 + w2) q), because the kernels are normalised."""
     crf = CRF(w1=2, w2=0.5, iterations=3)
     probs = torch.tensor([0.5, 0.3, 0.2])
     q = probs
@@ -89,7 +89,7 @@ def test_one_pixel_by_hand(backend):
 
 
 def test_half_precision_and_autocast_make_no_other_lattice():
-    """As stored by tune_crf, and where a user's own loop has autocast on: positions need all of float32."""
+    """tune_crf stores half precision, and a user's loop may use autocast; positions need float32."""
     probs, image, _ = noisy(10)
     expected = refine(probs.half(), image, CRF())
     assert expected.dtype == torch.float32
@@ -121,7 +121,7 @@ def test_a_batch_is_refined_image_by_image():
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3, 5])
 def test_lattice_filters_like_a_gaussian_of_standard_deviation_one(dimensions):
-    """Sums over all pairs: means around points agree to about a tenth of their spread."""
+    """Means around points agree with sums over all pairs to about a tenth of their spread."""
     points = torch.rand(600, dimensions, generator=torch.Generator().manual_seed(0)) * 3
     values = (1.5 * points).sin()
     kernel = (-0.5 * torch.cdist(points, points) ** 2).exp()
@@ -182,7 +182,7 @@ def test_wrong_input_is_refused_in_plain_words():
 
 
 class Noisy(UNet):
-    """Gives the logits that it is told, whatever it sees."""
+    """A network that returns the logits which were stored for an image."""
 
     def __init__(self, logits: dict[bytes, torch.Tensor]) -> None:
         super().__init__(3, base_channels=2)
@@ -195,7 +195,7 @@ class Noisy(UNet):
 
 @pytest.fixture
 def scene(tmp_path):
-    """A folder of five pictures, a model that labels them with noise, and what it says."""
+    """Return a folder of five pictures, a model that labels them with noise, and its probabilities."""
     logits, pairs = {}, []
     for split in ("images", "masks"):
         (tmp_path / split / "test").mkdir(parents=True)
@@ -223,7 +223,7 @@ def run(scene, what: str = "test", **arguments) -> dict[str, float]:
 
 
 def miou(labels: list[torch.Tensor], truths: list[torch.Tensor]) -> float:
-    """By counting, class after class."""
+    """Compute mean IoU by counting, class by class."""
     found, truth = torch.cat(labels), torch.cat(truths)
     found = found[truth != 255]
     truth = truth[truth != 255]
@@ -270,7 +270,7 @@ def test_nan_names_the_picture(scene):
 
 
 def test_scores_over_their_sum_and_grey_of_16_bits_are_refined_too():
-    """MaskFormer has no softmax, and a 16-bit picture is stretched to what the CRF knows."""
+    """MaskFormer has no softmax, and a 16-bit picture is stretched to 0..255 for the CRF."""
     callback = DenseCRF(workers=0, trimap_widths=[])
     model = MaskFormer(3, num_queries=4).eval()
     callback._start(model)
@@ -291,11 +291,11 @@ def test_without_pydensecrf_one_line_says_what_to_do(monkeypatch, scene):
 
 @pytest.mark.slow
 def test_commands_with_a_crf(trained, tree):
-    """test and validate report it, predict uses it, fit leaves it alone; two processes count what one counts."""
+    """test logs it, predict uses it, fit does not; two processes count what one counts."""
     file = config(trained, tree, "with_crf")
     settings = yaml.safe_load(file.read_text())
     crf = {"class_path": "segmentation.callbacks.DenseCRF", "init_args": {"sigma_alpha": 10, "sigma_beta": 13}}
-    settings["trainer"]["callbacks"].insert(-1, crf)
+    settings["trainer"]["callbacks"].append(crf)  # after Report, which shows it all the same
     file.write_text(yaml.safe_dump(settings))
     checkpoint = trained / "logs/config/version_0/checkpoints/best.ckpt"
     out = succeed("test", "--config", file, "--ckpt_path", checkpoint, cwd=trained)

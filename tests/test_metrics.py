@@ -1,4 +1,4 @@
-"""Metrics against other libraries, slow and obvious loops, and numbers worked out by hand."""
+"""Compare metrics with other libraries, with slow and obvious loops, and with numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ ALL_AROUND = np.ones((3, 3), dtype=bool)
 
 
 def blobs(seed: int, images: int = 3, size: tuple[int, int] = (23, 31)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels and a mask ``(N, H, W)`` of patches that agree in most pixels, some ignored, one class rare."""
+    """Return labels and a mask ``(N, H, W)`` that agree in most pixels; some are ignored, and one class is rare."""
     generator = torch.Generator().manual_seed(seed)
     fields = torch.randn(2, images, CLASSES, 5, 6, generator=generator)
     fields[1] = fields[0] + 0.4 * fields[1]
@@ -27,11 +27,11 @@ def blobs(seed: int, images: int = 3, size: tuple[int, int] = (23, 31)) -> tuple
     return labels, mask
 
 
-# The confusion matrix and its scores
+# The confusion matrix and its metrics
 
 
 def test_by_hand_on_images_of_2x2():
-    """One with 3 of 4 pixels right, one with a single labelled pixel, which is right, and one without any."""
+    """The first has 3 of 4 pixels right, the second a single labelled pixel, which is right, and the third none."""
     mask = torch.tensor([[[0, 0], [0, 1]], [[1, 255], [255, 255]], [[255, 255], [255, 255]]])
     labels = torch.tensor([[[0, 0], [1, 1]], [[1, 0], [0, 0]], [[0, 1], [0, 1]]])
     confusion = ConfusionMatrix(2)
@@ -88,13 +88,13 @@ def test_a_mask_is_not_changed():
 
 
 def eroded(region: np.ndarray, times: int) -> np.ndarray:
-    """What is left after erosions by a 3x3 square, with nothing outside the picture."""
+    """Erode a region with a 3x3 square; outside the picture is nothing."""
     return ndimage.binary_erosion(region, ALL_AROUND, iterations=times, border_value=0)
 
 
 @pytest.mark.parametrize("distance", [0.02, 0.05, 0.2])
 def test_boundary_iou_is_that_of_eroded_masks_per_class(distance):
-    """As the paper's authors compute it, class by class; ignored pixels belong to none in prediction and truth."""
+    """The loop computes it class by class, as the paper's authors do; ignored pixels belong to no class."""
     metric, intersection, union = BoundaryIoU(CLASSES, distance), np.zeros(CLASSES), np.zeros(CLASSES)
     times = {0.02: 1, 0.05: 2, 0.2: 8}[distance]  # of a diagonal of 38.6 pixels
     for seed in range(2):
@@ -118,7 +118,7 @@ def test_boundary_iou_of_the_truth_is_one_and_of_an_absent_class_nan():
 
 
 def test_trimaps_hold_what_is_near_a_change_of_label():
-    """Against a loop over pixels and contour pixels."""
+    """A loop over pixels and contour pixels gives the same matrices."""
     widths = [5, 1, 2.5]
     metric = TrimapIoU(CLASSES, widths)
     labels, mask = blobs(1, images=2, size=(13, 17))
@@ -166,7 +166,7 @@ def test_senseless_widths_are_refused():
 
 
 def slices(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Cells between membranes, and a noisy prediction of the membrane's probability."""
+    """Return cells between membranes, and a noisy prediction of the membrane's probability."""
     rng = np.random.RandomState(seed)
     cells = ndimage.gaussian_filter(rng.randn(size, size), 3)
     cells = np.abs(cells) > 0.15 * np.abs(cells).max()
@@ -175,12 +175,12 @@ def slices(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
 
 
 def topology(cells: np.ndarray) -> tuple[int, int]:
-    """How many cells there are, 4-connected, and how many parts the membranes and the outside have, 8-connected."""
+    """Count the 4-connected cells, and the 8-connected parts of membranes and outside."""
     return ndimage.label(cells)[1], ndimage.label(~np.pad(cells, 1), ALL_AROUND)[1]
 
 
 def test_a_pixel_is_simple_just_where_its_flip_keeps_cells_and_holes():
-    """By Euler's formula a flip of any other pixel changes one of the two numbers."""
+    """By Euler's formula, a flip of any other pixel changes one of the two counts."""
     cells = np.random.RandomState(0).rand(20, 20) < 0.6
     around = [(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)]
     padded, found = np.pad(cells, 1), []
@@ -202,11 +202,11 @@ def test_warping_keeps_the_topology_and_comes_nearer(seed):
         assert topology(warped) == topology(cells)
         differ = warped != prediction
         assert 0 < differ.sum() < 0.5 * (cells != prediction).sum()
-        assert not (differ & (cells == prediction)).any()  # what was right has not been touched
+        assert not (differ & (cells == prediction)).any()  # right pixels stay
 
 
 def test_a_shifted_border_is_no_warping_error_and_a_gap_is_one_pixel():
-    """Two cells and a membrane between them, by hand."""
+    """Two cells and a membrane between them, worked out by hand."""
     truth = np.ones((8, 9), dtype=bool)
     truth[:, 4] = False
     shifted = np.roll(truth, 1, axis=1)
@@ -254,7 +254,7 @@ def test_em_errors_are_means_over_slices_and_f1_over_pixels():
 
 
 def measure(rank: int, processes: int, folder: str) -> list[torch.Tensor]:
-    """Every metric over every `processes`-th batch."""
+    """Compute every metric over every `processes`-th batch."""
     confusion, boundary, trimaps = ConfusionMatrix(CLASSES), BoundaryIoU(CLASSES), TrimapIoU(CLASSES, [1, 4])
     em = EMErrors([0.4, 0.6])
     for seed in range(rank, 5, processes):

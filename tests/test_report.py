@@ -207,7 +207,7 @@ def test_the_report_does_not_depend_on_the_order_of_callbacks(tmp_path):
 
 
 class Refined(L.Callback):
-    """Logs as DenseCRF does."""
+    """A callback that logs as DenseCRF does."""
 
     def on_test_epoch_end(self, trainer, pl_module):
         values = {"crf/miou": 0.711, "crf/iou/a": 0.722, "crf/iou/b": 0.733, "crf/iou/c": float("nan")}
