@@ -153,7 +153,7 @@ def draw_voc_and_aug(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A function that gives the root of a small tree in the layout of a data class, drawn once."""
+    """A function that returns the root of a small tree in the layout of a data class, drawn once."""
     draw = {
         "Folder": draw_folder,
         "VOC": lambda root, _: draw_voc_and_aug(root),
@@ -173,7 +173,7 @@ def drawn(tmp_path_factory):
     return root
 
 
-# The learning rates with which a paper starts, where they differ by kind of parameter; norms are trained like weights.
+# A paper's first learning rates, where kinds of parameters have different ones; norms are trained at the weights' rate.
 DEEPLAB_V1 = {"backbone_weight": 1e-3, "backbone_bias": 2e-3, "head_weight": 1e-2, "head_bias": 2e-2}
 DEEPLAB_V2 = {"backbone_weight": 2.5e-4, "head_weight": 2.5e-3, "head_bias": 5e-3}  # batch norm is frozen
 PSPNET = {"backbone_weight": 1e-2, "backbone_norm": 1e-2, "head_weight": 1e-1, "head_norm": 1e-1, "head_bias": 1e-1}
@@ -193,9 +193,9 @@ RATES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_config_trains(file, drawn, tmp_path, monkeypatch):
-    """Two steps of every recipe as it stands, with a narrow network on small crops and no download.
+    """Every recipe trains two steps as it stands, with a narrow network on small crops and no download.
 
-    In this process, since importing torch in one more takes longer than the run.
+    It runs in this process, because importing torch in another one takes longer than the run.
     """
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(file.read_text())

@@ -26,7 +26,7 @@ def picture(seed: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
 
 
 def labels(seed: int, values: Sequence[int], shape: tuple[int, int] = SHAPE) -> np.ndarray:
-    """Blocks of 4 x 4 pixels in the given values: every one occurs."""
+    """Draw blocks of 4 x 4 pixels in the given values, each of which occurs."""
     rows, columns = (-(-side // 4) for side in shape)
     blocks = np.random.RandomState(seed).permutation(np.resize(values, rows * columns)).reshape(rows, columns)
     return blocks.astype(np.uint8).repeat(4, 0).repeat(4, 1)[: shape[0], : shape[1]]
@@ -38,7 +38,7 @@ def draw_voc(
     val: Sequence[str] = ("2007_000033",),
     shape: tuple[int, int] = SHAPE,
 ) -> None:
-    """``train`` and ``val``, without the further masks of ``trainaug``."""
+    """Draw ``train`` and ``val``, without the further masks of ``trainaug``."""
     base = root / "VOCdevkit/VOC2012"
     for name in [*train, *val]:
         save(base / f"JPEGImages/{name}.jpg", picture(1, shape))
@@ -52,14 +52,14 @@ def draw_voc(
 
 
 def draw_voc_aug(root: Path, names: Sequence[str], shape: tuple[int, int] = SHAPE) -> None:
-    """The masks ``SegmentationClassAug`` of pictures that are there."""
+    """Draw masks in ``SegmentationClassAug`` for pictures that exist."""
     for i, name in enumerate(names):
         mask = labels(i, [0, 1, 20, 255], shape)
         save(root / f"VOCdevkit/VOC2012/SegmentationClassAug/{name}.png", mask)
 
 
 def draw_cityscapes(root: Path, train: int = 1, val: int = 1, shape: tuple[int, int] = SHAPE) -> None:
-    """Fine labels, as ids and as training ids."""
+    """Draw fine labels, as ids and as training ids."""
     for split, city, count in (("train", "aachen", train), ("val", "frankfurt", val)):
         for i in range(count):
             stem = f"{city}/{city}_{i:06d}_000019"
@@ -79,7 +79,7 @@ def draw_ade20k(root: Path, train: int = 1, val: int = 1, shape: tuple[int, int]
 
 
 def draw_camvid(root: Path, splits: dict[str, int], shape: tuple[int, int] = SHAPE, segnet: bool = False) -> None:
-    """SegNet's folders and lists, or ``images/`` and ``masks/``; the masks hold labels 0 to 10 and void, 11.
+    """Draw SegNet's folders and lists, or ``images/`` and ``masks/``; masks hold labels 0 to 10 and void, 11.
 
     Args:
         root: folder to draw into.
@@ -99,13 +99,13 @@ def draw_camvid(root: Path, splits: dict[str, int], shape: tuple[int, int] = SHA
 
 
 def em_slices(count: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Volume and masks ``(count, size, size)``."""
+    """Return a volume and its masks, each ``(count, size, size)``."""
     masks = np.stack([labels(i, [0, 255, 255, 255, 255], (size, size)) for i in range(count)])
     return np.random.RandomState(0).randint(0, 256, masks.shape).astype(np.uint8), masks
 
 
 def draw_isbi_em(root: Path, count: int = 30, size: int = 32) -> None:
-    """The challenge's two stacks."""
+    """Draw the challenge's two stacks."""
     volume, masks = em_slices(count, size)
     save(root / "train-volume.tif", volume)
     save(root / "train-labels.tif", masks)
@@ -116,7 +116,7 @@ def wildfire_patch(seed: int) -> np.ndarray:
 
 
 def draw_wildfire(root: Path, count: int = 10, nested: str = "") -> None:
-    """The challenge's two folders, or with ``nested="/train_{}"`` those folders in folders of their name."""
+    """Draw the challenge's two folders; ``nested="/train_{}"`` puts each into a folder of the same name."""
     for i in range(count):
         patch = wildfire_patch(i)
         save(root / f"train_img{nested.format('img')}/train_img_{i}.tif", patch)
