@@ -5,14 +5,106 @@ palette, mean and std. That is all that is needed to build the network again and
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning import LightningModule
 
 from .errors import UserError
+
+
+def describe(model: Any, checkpoint: dict[str, Any]) -> None:
+    """Add the key ``segmentation`` to a checkpoint that is being saved.
+
+    It replaces Lightning's own ``hyper_parameters``, which would silently override the configuration of a command.
+
+    Args:
+        model: a `SegmentationModule`.
+        checkpoint: its content.
+    """
+    checkpoint.pop("hyper_parameters", None)
+    checkpoint.pop("hparams_name", None)
+    checkpoint["segmentation"] = identity(model)
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """Return what builds a network again, names its classes and scales its pixels, in plain types."""
+    return {
+        "class_path": class_path(type(model)),
+        "init_args": init_args(model),
+        "class_names": model.class_names,
+        "palette": model.palette,
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
+    }
+
+
+def accept(model: Any, checkpoint: dict[str, Any]) -> None:
+    """Compare a checkpoint with a model before its weights are loaded, and take its class names and palette.
+
+    The names of the data set at hand, if there is one, win over the checkpoint's.
+
+    Raises:
+        UserError: if the checkpoint is of another architecture, or of the same with other sizes; names both.
+    """
+    saved = checkpoint.get("segmentation")
+    if saved is not None and saved["class_path"].rpartition(".")[2] != type(model).__name__:
+        theirs, ours = public_path(saved["class_path"]), class_path(type(model))
+        raise UserError(f"the checkpoint is of {theirs}, but the model is {ours}: give its own config")
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    stored = {key: value.shape for key, value in checkpoint["state_dict"].items()}
+    if own != stored:
+        there, here = saved["init_args"] if saved else {}, init_args(model)
+        differ = [f"{k} {there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here.get(k)]
+        layer = min(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key))
+        raise UserError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
+    if saved is not None and not model.named_by_data:
+        model.class_names, model.palette = saved["class_names"], saved["palette"]
+
+
+def agree(model: Any, data: Any) -> None:
+    """Check that a model fits a data set, and give it the data set's class names and palette.
+
+    Args:
+        model: a `SegmentationModule`.
+        data: a `SegmentationDataModule`.
+
+    Raises:
+        UserError: if the numbers of channels or classes differ; a binary model has 1 where its data has 2.
+    """
+    if max(2, model.num_classes) != data.num_classes:
+        raise UserError(
+            f"model.num_classes is {model.num_classes} but the data has {data.num_classes} classes "
+            f"({', '.join(data.class_names)}): set model.num_classes to {data.num_classes}"
+        )
+    if model.in_channels != data.in_channels:
+        raise UserError(
+            f"model.in_channels is {model.in_channels} but the images have {data.in_channels} channels: set "
+            f"model.in_channels to {data.in_channels}, and model.mean and model.std to as many values"
+        )
+    if getattr(data, "border_weight", 0) and not hasattr(model.loss, "weight_of"):
+        raise UserError(
+            f"data.border_weight weighs pixels, which model.loss {type(model.loss).__name__} cannot: set it to 0, or "
+            "leave model.loss out"
+        )
+    model.named_by_data, model.class_names = True, [str(name) for name in data.class_names]
+    if len(data.palette) == data.num_classes:
+        model.palette = [[int(value) for value in colour] for colour in data.palette]
+
+
+def class_path(cls: type) -> str:
+    """Return the public import path of an architecture, such as ``segmentation.UNet``, so that its file may move."""
+    package = cls.__module__.partition(".")[0]
+    public = getattr(sys.modules[package], cls.__name__, None) is cls
+    return f"{package if public else cls.__module__}.{cls.__qualname__}"
+
+
+def init_args(model: Any) -> dict[str, Any]:
+    """Return the plain arguments that build a network again; its weights then come from a checkpoint."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in model.hparams.items()}
+    return {key: value for key, value in plain.items() if key != "weights"}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -26,7 +118,7 @@ def read(path: str | Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_trained(model: LightningModule, path: str | Path) -> None:
+def load_trained(model: Any, path: str | Path) -> None:
     """Load a checkpoint's weights, class names and palette into a model. Every command loads through this function.
 
     Args:

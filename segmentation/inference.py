@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
+from .losses import labelled
 
 Read = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> preprocessed pixels (N, C, h, w)
 Block = tuple[int, int, Tensor]  # top, left, and the logits (N, K, h, w) from there on
 
-__all__ = ["Inference", "MultiScaleFlip", "OverlapTile", "SlidingWindow", "Tiled", "Whole"]
+__all__ = ["Inference", "MultiScaleFlip", "SlidingWindow", "Tiled", "Whole"]
 
 
 class Inference:
@@ -135,46 +136,6 @@ class SlidingWindow(Tiled):
             yield from model(torch.cat(pixels)).float().split(len(pixels[0]))
 
 
-class OverlapTile(Tiled):
-    """U-Net's overlap-tile strategy (Ronneberger et al., MICCAI 2015, Figure 2), for its valid network alone.
-
-    A tile is read with the border that the network loses, mirrored where it lies outside the image. Tiles lie on the
-    grid of the poolings, so that, with transposed convolutions on the way up, the logits are those of the whole image.
-
-    Args:
-        crop: side of the network's input in pixels, 16 n + 12; 572 in the paper.
-
-    Raises:
-        UserError: for another crop; in use, for a network that loses no border.
-    """
-
-    def __init__(self, crop: int = 572) -> None:
-        if crop < 204 or (crop - 12) % 16:
-            raise UserError(f"crop of an OverlapTile is 16 n + 12 pixels, 204 or more, such as 572, got {crop}")
-        self.crop = crop
-
-    def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
-        """See `Tiled`.
-
-        Raises:
-            UserError: if the network loses no border.
-        """
-        border = model.border
-        if not border:
-            raise UserError(
-                f"OverlapTile is for the valid U-Net, and this {type(model).__name__} loses no border: set "
-                "model.inference to SlidingWindow"
-            )
-        step = (self.crop - 2 * border) // 16 * 16  # 384 of the 388 pixels that come out
-        for top in range(0, height, step):
-            for left in range(0, width, step):
-                h, w = min(step, height - top), min(step, width - left)
-                below, right = (border + -side % 16 + 4 for side in (h, w))
-                rows, columns = (top - border, top + h + below), (left - border, left + w + right)
-                pixels = read_mirrored(read, height, width, rows, columns)
-                yield top, left, model.score_maps(pixels)["main"][..., :h, :w].float()
-
-
 class MultiScaleFlip(Inference):
     """The mean of the probabilities over scales of the image and its mirror images (DeepLab v3, section 4).
 
@@ -208,6 +169,34 @@ class MultiScaleFlip(Inference):
                 logits = self.inference(model, scaled.flip(-1)).flip(-1)
                 probs += model.probabilities(resize(logits.float(), size))
         return model.logits_of(probs / (len(self.scales) * (1 + self.flip)))
+
+
+def evaluate(model: Any, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of logits, the weight of all pixels in it, and the labels.
+
+    Sliding-window logits stay on the CPU, where there may be more of them than the device can hold. They are evaluated
+    in strips of 256 rows.
+
+    Args:
+        model: a `SegmentationModule`.
+        logits: at the mask's size.
+        mask: the truth; it says on which device to compute.
+
+    Shape:
+        logits ``(N, K, H, W)``, mask ``(N, H, W)`` -> scalar, scalar, int64 ``(N, H, W)``.
+    """
+    rows = mask.shape[1] if logits.device == mask.device else 256
+    weight_of = getattr(model.loss, "weight_of", labelled)
+    losses, weights, labels = [], [], []
+    for strip, truth in zip(logits.split(rows, dim=2), mask.split(rows, dim=1), strict=True):
+        strip = strip.to(mask.device)
+        losses.append(model.evaluation_loss(strip, truth))
+        weights.append(weight_of(truth).sum())
+        ordered = strip if model.num_classes > 1 else model.probabilities(strip)  # softmax keeps the order of classes
+        labels.append(model.labels(ordered))
+    total = torch.stack(weights).sum()
+    share = torch.stack(weights) / total.clamp(min=torch.finfo(torch.float32).tiny)
+    return (torch.stack(losses) * share).sum(), total, torch.cat(labels, dim=1)
 
 
 def positions(length: int, crop: int, overlap: float) -> list[int]:

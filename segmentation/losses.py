@@ -1,6 +1,7 @@
-"""Losses that a model takes as its argument ``loss``; plain cross-entropy is the default."""
+"""Losses over labelled pixels; cross-entropy is the default."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +12,50 @@ from .errors import UserError
 IGNORE = 255  # the only label that losses and metrics leave out
 
 
-class CrossEntropy(nn.Module):
-    """Per-pixel cross-entropy over labelled pixels; binary with one logit.
+def labelled(mask: Tensor) -> Tensor:
+    """Return 1 for labelled pixels and 0 for ignored ones, ``(N, H, W)`` float."""
+    return (mask != IGNORE).float()
+
+
+class Loss(nn.Module):
+    """The contract of ``model.loss``: a weighted mean over pixels, and the weight of each pixel in that mean.
+
+    Any other module that turns (logits, mask) into a mean over labelled pixels will do too; it then takes no
+    `pixel_weight`, and every labelled pixel counts alike in validation.
+    """
+
+    def forward(self, logits: Tensor, mask: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+        """Return the mean over pixels.
+
+        Args:
+            logits: of the network.
+            mask: labels; 255 is ignored.
+            pixel_weight: a further factor on each pixel, such as U-Net's border map.
+
+        Shape:
+            logits ``(N, K, H, W)``, or ``(N, 1, H, W)`` for two classes; mask int64 ``(N, H, W)``; pixel_weight float
+            ``(N, H, W)`` -> scalar.
+        """
+        raise NotImplementedError
+
+    def weight_of(self, mask: Tensor) -> Tensor:
+        """Return the weight of each pixel in the mean: here `labelled`. ``(N, H, W)`` float."""
+        return labelled(mask)
+
+
+class CrossEntropy(Loss):
+    """Cross-entropy of each labelled pixel; binary cross-entropy for one logit.
 
     Unlike ``torch.nn.CrossEntropyLoss``, a batch whose pixels are all ignored gives 0 with zero gradients, not nan.
 
     Args:
-        class_weights: one factor per class; the mean is then weighted, as in torch. None weighs all alike.
+        class_weights: one factor per class; the mean is then weighted, as in torch. None weighs all classes alike.
 
     Shape:
-        logits ``(N, K, H, W)``, or ``(N, 1, H, W)`` for two classes; mask int64 ``(N, H, W)``; weight float
-        ``(N, H, W)``, a further factor per pixel such as U-Net's border map, or None -> scalar.
+        see `Loss`.
 
     Raises:
-        UserError: in `forward`, if the weights are not one per class.
+        UserError: in `forward`, if there is not one factor per class.
     """
 
     def __init__(self, class_weights: Sequence[float] | None = None) -> None:
@@ -33,7 +64,7 @@ class CrossEntropy(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
         self.class_weights: Tensor | None
 
-    def forward(self, logits: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, mask: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         logits, valid = logits.float(), mask != IGNORE  # (N, H, W)
         target = mask.masked_fill(~valid, 0)
         if logits.shape[1] == 1:
@@ -43,12 +74,43 @@ class CrossEntropy(nn.Module):
         classes = max(2, logits.shape[1])
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise UserError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
-        weight = self.weight(mask) if weight is None else self.weight(mask) * weight
+        weight = self.weight_of(mask) if pixel_weight is None else self.weight_of(mask) * pixel_weight
         return (loss * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
-    def weight(self, mask: Tensor) -> Tensor:
-        """The weight of each pixel in the mean: its class's, 0 where ignored. ``(N, H, W)`` float."""
-        valid = mask != IGNORE
+    def weight_of(self, mask: Tensor) -> Tensor:
+        """Return the weight of each pixel in the mean: its class's, and 0 where ignored. ``(N, H, W)`` float."""
         if self.class_weights is None:
-            return valid.float()
+            return super().weight_of(mask)
+        valid = mask != IGNORE
         return self.class_weights[mask.masked_fill(~valid, 0)] * valid
+
+
+def finite_sum(losses: Mapping[str, Tensor], where: str) -> Tensor:
+    """Return the sum of a step's losses.
+
+    Raises:
+        UserError: if it is not finite; the message has the terms, and `where` this happened.
+    """
+    loss = torch.stack(list(losses.values())).sum()
+    if not torch.isfinite(loss):
+        terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+        raise UserError(f"the loss is not finite ({terms}) at {where}: lower the learning rate, or look at these files")
+    return loss
+
+
+@contextmanager
+def batch_norm_errors(batch_size: int) -> Iterator[None]:
+    """Turn batch norm's error about a single value per channel into advice.
+
+    Raises:
+        UserError: in place of that error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"batch norm cannot train on a batch of {batch_size} where a feature map is 1x1: set data.batch_size to 2 "
+            "or more, or model.freeze_bn: true"
+        ) from error

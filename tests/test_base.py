@@ -12,6 +12,7 @@ from segmentation import DeepLabV1, DeepLabV3, UNet
 from segmentation.base import SegmentationModule
 from segmentation.losses import CrossEntropy
 from segmentation.metrics import confusion_metrics
+from segmentation.optimizer import parameter_groups, poly
 
 CAFFE = {"head_lr_mult": 10, "bias_lr_mult": 2, "bias_weight_decay": 0}
 
@@ -23,7 +24,7 @@ def small(**kwargs) -> UNet:
 def test_caffe_groups_of_deeplabv1():
     """1x and 2x for the backbone's weights and biases, 10x and 20x for fc8's, no decay of biases."""
     model = DeepLabV1(21, optimizer=lambda p: torch.optim.SGD(p, lr=0.001, weight_decay=5e-4), **CAFFE)
-    optimizer = model.optimizer(model.param_groups())
+    optimizer = model.optimizer(parameter_groups(model))
     groups = {g["name"]: g for g in optimizer.param_groups}
     assert {k: g["lr_mult"] for k, g in groups.items()} == {
         "backbone_weight": 1, "backbone_bias": 2, "head_weight": 10, "head_bias": 20
@@ -38,18 +39,17 @@ def test_caffe_groups_of_deeplabv1():
 def test_frozen_batch_norm_stays_in_eval_and_out_of_the_optimizer():
     model = DeepLabV3(4, freeze_bn=True).train()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    grouped = {id(p) for g in model.param_groups() for p in g["params"]}
+    grouped = {id(p) for g in parameter_groups(model) for p in g["params"]}
     assert norms and not any(n.training for n in norms) and model.backbone.training
     assert not any(id(p) in grouped for n in norms for p in n.parameters())
     assert len(grouped) == len(list(model.parameters())) - 2 * len(norms)
 
 
 def test_poly_is_the_papers_formula_with_linear_warmup():
-    model = small(lr_power=0.9)
-    factor = model.poly(100)
+    factor = poly(100, power=0.9)
     assert [factor(step) for step in (0, 50, 99)] == pytest.approx([1.0, 0.5**0.9, 0.01**0.9])
     assert factor(100) == 0
-    warm = small(warmup_steps=4).poly(100)
+    warm = poly(100, warmup_steps=4)
     assert [warm(step) for step in (0, 1, 4)] == pytest.approx([0.2, 0.4 * 0.99**0.9, 0.96**0.9])
 
 

@@ -19,6 +19,7 @@ from segmentation import (
     UNet,
     UNet3Plus,
 )
+from segmentation.optimizer import parameter_groups
 
 narrow = {"base_channels": 8}
 FAMILY = {
@@ -128,7 +129,7 @@ def test_every_parameter_gets_a_gradient(name, num_classes):
     sum(model.losses(batch(num_classes=num_classes, name=name)).values()).backward()
     missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    grouped = {id(p) for group in model.param_groups() for p in group["params"]}
+    grouped = {id(p) for group in parameter_groups(model) for p in group["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
 
 

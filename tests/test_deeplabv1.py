@@ -9,6 +9,7 @@ from torchvision.models import WeightsEnum
 
 from segmentation.architectures.deeplabv1 import DeepLabV1
 from segmentation.errors import UserError
+from segmentation.optimizer import parameter_groups
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,8 @@ def test_a_plain_network_grows_and_only_what_is_new_is_trained(tmp_path, capsys,
     plain = build()
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     model = build(multi_scale=True, train_only_multi_scale=True, weights=str(tmp_path / "plain.pth"))
-    assert "multi_scale. left fresh, the file has none" in capsys.readouterr().err + caplog.text
-    optimizer = torch.optim.SGD(model.param_groups(), lr=0.1)
+    assert "multi_scale. keeps its random initialisation, as the file has none" in capsys.readouterr().err + caplog.text
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=0.1)
     model.train()
     image, mask = torch.rand(2, 3, 41, 41), torch.randint(0, 3, (2, 41, 41))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -162,7 +163,7 @@ def test_a_plain_network_grows_and_only_what_is_new_is_trained(tmp_path, capsys,
 
 def test_heads_are_the_classifier_and_what_is_new():
     model = DeepLabV1(3, base_channels=4, multi_scale=True, head_lr_mult=10)
-    fast = {id(p) for group in model.param_groups() if group["lr_mult"] == 10 for p in group["params"]}
+    fast = {id(p) for group in parameter_groups(model) if group["lr_mult"] == 10 for p in group["params"]}
     named = {name for name, p in model.named_parameters() if id(p) in fast}
     assert named == {name for name, _ in model.named_parameters() if name.startswith(("fc8.", "multi_scale."))}
 
@@ -181,8 +182,8 @@ def test_other_classes_leave_both_classifiers_fresh(tmp_path, capsys, caplog):
     torch.save(build(multi_scale=True).state_dict(), tmp_path / "three.pth")
     model = DeepLabV1(5, base_channels=4, multi_scale=True, weights=str(tmp_path / "three.pth"))
     said = capsys.readouterr().err + caplog.text
-    assert "fc8. left fresh, it has 3 outputs in the file and 5 here" in said
-    assert "multi_scale.classifier. left fresh, it has 3 outputs in the file and 5 here" in said
+    assert "fc8. keeps its random initialisation, as it has 3 outputs in the file and 5 here" in said
+    assert "multi_scale.classifier. keeps its random initialisation, as it has 3 outputs in the file and 5 here" in said
     torch.testing.assert_close(
         model.multi_scale.branches[2][3].weight, build(multi_scale=True).multi_scale.branches[2][3].weight
     )

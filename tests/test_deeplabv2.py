@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from segmentation.architectures.deeplabv2 import ASPP, DeepLabV2, subsample
+from segmentation.checkpoints import init_args
+from segmentation.optimizer import parameter_groups
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_scores_start_small(backbone):
 
 def test_learning_rates_and_decay_of_the_published_recipe():
     model = DeepLabV2(3, base_channels=4, freeze_bn=True, head_lr_mult=10, bias_lr_mult=2, bias_weight_decay=0.0)
-    groups = {group["name"]: group for group in model.param_groups()}
+    groups = {group["name"]: group for group in parameter_groups(model)}
     assert {name: group["lr_mult"] for name, group in groups.items()} == {
         "backbone_weight": 1, "head_weight": 10, "head_bias": 20}  # fmt: skip
     assert "weight_decay" not in groups["head_weight"] and groups["head_bias"]["weight_decay"] == 0
@@ -221,7 +223,7 @@ def test_imagenet_keeps_torchvisions_strides_also_in_checkpoints(monkeypatch):
     first = model.backbone.layer2[0]
     assert first.conv1.stride == (1, 1) and first.conv2.stride == (2, 2)
     torch.testing.assert_close(first.conv2.weight, state["layer2.0.conv2.weight"])
-    again = DeepLabV2(**model.init_args)
+    again = DeepLabV2(**init_args(model))
     assert again.backbone.layer2[0].conv2.stride == (2, 2)
     assert DeepLabV2(3, "resnet50", base_channels=4).backbone.layer2[0].conv1.stride == (2, 2)
 
@@ -247,12 +249,12 @@ def test_what_a_file_needs_is_kept(tmp_path):
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "x.ckpt")
     again = DeepLabV2(3, "resnet50", base_channels=4, weights=str(tmp_path / "x.ckpt")).eval()
-    assert again.init_args["scales"] == [1.0] and again.init_args["stride_in_1x1"] is False
+    assert init_args(again)["scales"] == [1.0] and init_args(again)["stride_in_1x1"] is False
     image = torch.randn(1, 3, 40, 40)
     with torch.inference_mode():
         torch.testing.assert_close(again(image), model(image), atol=0, rtol=0)
     asked = DeepLabV2(3, "resnet50", scales=[1, 0.5], base_channels=4, weights=str(tmp_path / "x.ckpt"))
-    assert asked.init_args["scales"] == [1, 0.5]
+    assert init_args(asked)["scales"] == [1, 0.5]
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "vgg16"])
@@ -263,13 +265,13 @@ def test_weights_of_other_classes_and_without_a_head(backbone, tmp_path, capsys,
     torch.save(bare, tmp_path / "bare.pth")
     two = DeepLabV2(2, backbone, base_channels=4, weights=str(tmp_path / "five.pth"))
     said = capsys.readouterr().err + caplog.text
-    assert said.count("left fresh, it has 5 outputs in the file and 2 here") >= 4
+    assert said.count("keeps its random initialisation, as it has 5 outputs in the file and 2 here") >= 4
     key = next(key for key, value in bare.items() if value.dim() == 4)
     torch.testing.assert_close(two.state_dict()[key], bare[key])
     if backbone == "vgg16":
         torch.testing.assert_close(two.classifier.convs[2][3].weight, five.classifier.convs[2][3].weight)
     DeepLabV2(2, backbone, base_channels=4, weights=str(tmp_path / "bare.pth"))
-    assert "classifier. left fresh, the file has none" in capsys.readouterr().err + caplog.text
+    assert "classifier. keeps its random initialisation, as the file has none" in capsys.readouterr().err + caplog.text
 
 
 @pytest.mark.parametrize(

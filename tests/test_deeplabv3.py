@@ -73,8 +73,8 @@ def test_weights_of_another_class_count_leave_the_classifier_random(tmp_path, ca
     torch.testing.assert_close(ours.classifier[1].weight, peer.classifier[1].weight)
     assert ours.classifier[4].weight.shape[0] == 4
     said = capsys.readouterr().err + caplog.text
-    assert "classifier.4. left fresh, it has 21 outputs in the file and 4 here" in said
-    assert "aux_classifier. dropped, this network has none" in said
+    assert "classifier.4. keeps its random initialisation, as it has 21 outputs in the file and 4 here" in said
+    assert "aux_classifier. dropped, as this network has none" in said
 
 
 def test_missing_batch_norm_statistics_are_not_passed_over(tmp_path):

@@ -32,7 +32,7 @@ def test_parameter_counts_equal_the_papers(build, parameters):
     ("build", "message"),
     [
         (lambda: DeepLabV3Plus(21, "mobilenet_v3_large", output_stride=8), "at output_stride 16 only"),
-        (lambda: DeepLabV3Plus(21, "xception65", weights="imagenet"), "xception65"),
+        (lambda: DeepLabV3Plus(21, "xception65", weights="imagenet"), "Xception65"),
         (lambda: DeepLabV3Plus(21, low_level="conv1"), "low_level of resnet101 is one of layer1"),
         (lambda: DeepLabV3Plus(21, "vgg16"), "backbone"),
     ],

@@ -9,6 +9,7 @@ from torchvision.models import WeightsEnum
 from torchvision.models import segmentation as peers
 
 from segmentation.architectures.fcn import FCN, Upsampling
+from segmentation.optimizer import parameter_groups
 
 NAMES = {32: "FCN-32s", 16: "FCN-16s", 8: "FCN-8s"}
 
@@ -158,7 +159,7 @@ def test_upsampling_starts_as_bilinear_interpolation():
 def test_fixed_upsampling_is_not_trained_and_learned_upsampling_is():
     for learn in (False, True):
         model = FCN(3, base_channels=4, learn_upsampling=learn)
-        grouped = {id(p) for group in model.param_groups() for p in group["params"]}
+        grouped = {id(p) for group in parameter_groups(model) for p in group["params"]}
         kernels = [p for name, p in model.named_parameters() if ".upscore" in name]
         assert len(kernels) == 3 and all((id(p) in grouped) == learn for p in kernels)
 
@@ -179,7 +180,7 @@ def test_a_coarser_net_starts_the_finer_one(tmp_path, capsys, caplog):
     for stride, name in ((16, "score_pool4"), (8, "score_pool3")):
         torch.save(coarse.state_dict(), tmp_path / "coarse.pth")
         fine = FCN(3, output_stride=stride, base_channels=4, weights=str(tmp_path / "coarse.pth")).eval()
-        assert f"classifier.{name}. left fresh" in capsys.readouterr().err + caplog.text
+        assert f"classifier.{name}. keeps its random initialisation" in capsys.readouterr().err + caplog.text
         assert (getattr(fine.classifier, name).weight == 0).all()
         torch.testing.assert_close(fine.backbone.fc7.weight, coarse.backbone.fc7.weight)
         with torch.inference_mode():
@@ -193,7 +194,10 @@ def test_other_classes_leave_scores_fresh_and_upsampling_bilinear(tmp_path, caps
     five = narrow(5, learn_upsampling=True)
     torch.save(five.state_dict(), tmp_path / "five.pth")
     model = FCN(2, base_channels=4, weights=str(tmp_path / "five.pth"))
-    assert "left fresh, it has 5 outputs in the file and 2 here" in capsys.readouterr().err + caplog.text
+    assert (
+        "keeps its random initialisation, as it has 5 outputs in the file and 2 here"
+        in capsys.readouterr().err + caplog.text
+    )
     torch.testing.assert_close(model.classifier.upscore.weight, Upsampling(2, 8, learn=False).weight)
     torch.testing.assert_close(model.backbone.conv5[4].weight, five.backbone.conv5[4].weight)
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segmentation import DeepLabV1, MaskFormer, PSPNet, UNet
-from segmentation.inference import MultiScaleFlip, OverlapTile, SlidingWindow, Whole, positions
+from segmentation.architectures.unet import OverlapTile
+from segmentation.inference import MultiScaleFlip, SlidingWindow, Whole, positions
 
 narrow = {"base_channels": 8}
 MODELS = {

@@ -16,9 +16,10 @@ from conftest import lightning as run
 from PIL import Image
 
 from segmentation import UNet
+from segmentation.architectures.unet import OverlapTile
 from segmentation.commands import predict_tiff as large_image
 from segmentation.commands.predict_tiff import TiffReader, predict_tiff
-from segmentation.inference import MultiScaleFlip, OverlapTile, SlidingWindow, Whole
+from segmentation.inference import MultiScaleFlip, SlidingWindow, Whole
 
 HEIGHT, WIDTH = 301, 433
 

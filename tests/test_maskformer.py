@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segmentation.architectures.maskformer import MaskFormer, assign, dice_loss, focal_loss, sine_positions
 from segmentation.losses import IGNORE, CrossEntropy
+from segmentation.optimizer import parameter_groups
 
 
 def narrow(classes: int = 3, network: type[MaskFormer] = MaskFormer, **arguments: object) -> MaskFormer:
@@ -20,12 +21,12 @@ def narrow(classes: int = 3, network: type[MaskFormer] = MaskFormer, **arguments
 
 
 class Decoded(MaskFormer):
-    """MaskFormer whose network gives the maps that a test sets."""
+    """MaskFormer whose network gives the masks and classes that a test sets."""
 
     maps: dict[str, Tensor]
 
-    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        return self.maps
+    def network(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.maps["main"], self.maps["classes"]
 
 
 def count(module: nn.Module) -> int:
@@ -123,12 +124,12 @@ def test_network_is_the_papers_graph():
     model.backbone.eval()
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
-        maps = model.score_maps(image)
+        our_masks, our_classes = model.network(image)
         classes, masks = map(torch.stack, second_writing(model, image))
     for axis in (0, 2):  # layers and segments differ, so that a match says something
         assert classes.std(dim=axis).mean() > 0.03 and masks.std(dim=axis).mean() > 0.03
-    torch.testing.assert_close(maps["classes"], classes, atol=1e-6, rtol=0)
-    torch.testing.assert_close(maps["main"], masks, atol=1e-6, rtol=0)
+    torch.testing.assert_close(our_classes, classes, atol=1e-6, rtol=0)
+    torch.testing.assert_close(our_masks, masks, atol=1e-6, rtol=0)
 
 
 def test_sine_positions_by_hand():
@@ -171,9 +172,9 @@ def test_forward_in_training_is_that_of_evaluation():
     model = narrow(dropout=0.0, freeze_bn=True)
     image = torch.randn(1, 3, 40, 33)
     with torch.no_grad():
-        assert len(model.train().score_maps(image)["main"]) == 3
+        assert [len(logits) for logits in model.train().network(image)] == [3, 3]
         trained = model(image)
-        assert len(model.eval().score_maps(image)["main"]) == 1
+        assert [len(logits) for logits in model.eval().network(image)] == [1, 1]
         torch.testing.assert_close(trained, model(image))
 
 
@@ -411,7 +412,7 @@ def test_scores_of_nothing_and_of_more_than_one_stay_probabilities():
 
 def test_heads_are_all_but_the_backbone_and_queries_are_decayed_like_norms():
     model = narrow(head_lr_mult=10, norm_weight_decay=0.0)
-    groups = {group["name"]: group for group in model.param_groups()}
+    groups = {group["name"]: group for group in parameter_groups(model)}
     names = {id(p): name for name, p in model.named_parameters()}
     backbone = {names[id(p)] for name in groups if name.startswith("backbone") for p in groups[name]["params"]}
     assert backbone == {name for name in names.values() if name.startswith("backbone.")}
@@ -424,7 +425,10 @@ def test_weights_of_another_class_count_leave_the_classifier_fresh(tmp_path, cap
     torch.save(trained.state_dict(), tmp_path / "five.pth")
     model = narrow(2, weights=str(tmp_path / "five.pth"))
     torch.testing.assert_close(model.transformer_decoder.queries.weight, trained.transformer_decoder.queries.weight)
-    assert "classifier. left fresh, it has 6 outputs in the file and 3 here" in capsys.readouterr().err + caplog.text
+    assert (
+        "classifier. keeps its random initialisation, as it has 6 outputs in the file and 3 here"
+        in capsys.readouterr().err + caplog.text
+    )
 
 
 @pytest.mark.parametrize(

@@ -193,14 +193,14 @@ def test_imagenet_fits_but_for_the_stem(monkeypatch, capsys, caplog):
     ]
     assert other == ["conv1.0.weight", "conv1.3.weight", "conv1.6.weight", "layer1.0.conv1.weight",
                      "layer1.0.downsample.0.weight"]  # fmt: skip
-    assert "whose ResNet has another stem: conv1. left fresh" in said
+    assert "whose ResNet has another stem: conv1. keeps its random initialisation" in said
 
 
 def test_weights_of_other_classes_and_without_the_second_head(tmp_path, capsys, caplog):
     torch.save(narrow(5).state_dict(), tmp_path / "five.pth")
     model = PSPNet(2, base_channels=4, aux_loss_weight=0.0, weights=str(tmp_path / "five.pth"))
     said = capsys.readouterr().err + caplog.text
-    assert "classifier.4. left fresh, it has 5 outputs in the file and 2 here" in said
+    assert "classifier.4. keeps its random initialisation, as it has 5 outputs in the file and 2 here" in said
     assert "aux_classifier. dropped" in said
     torch.testing.assert_close(model.ppm.features[3][1].weight, narrow(5).ppm.features[3][1].weight)
 

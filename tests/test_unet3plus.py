@@ -354,7 +354,10 @@ def test_weights_with_other_heads_are_taken_as_far_as_they_fit(tmp_path, capsys,
     other = UNet3Plus(5, base_channels=2, class_guidance=True, weights=str(tmp_path / "w.pth"))
     torch.testing.assert_close(other.up1.fuse[0].weight, trained.up1.fuse[0].weight)
     said = capsys.readouterr().err + caplog.text
-    assert "sides. dropped" in said and "classifier. left fresh, it has 3 outputs in the file and 5 here" in said
+    assert (
+        "sides. dropped" in said
+        and "classifier. keeps its random initialisation, as it has 3 outputs in the file and 5 here" in said
+    )
     with pytest.raises(ValueError, match="do not fit"):
         UNet3Plus(3, base_channels=4, weights=str(tmp_path / "w.pth"))
 

@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from segmentation import FCN, DeconvNet, DeepLabV1, DeepLabV2, DeepLabV3, DeepLabV3Plus, PSPNet, SegNet, UNet
-from segmentation.weights import Weights, inflate, load_weights, read_weights
+from segmentation.errors import UserError
+from segmentation.weights import inflate, load_weights, read_weights
 
 
 def small(**kwargs) -> UNet:
@@ -62,7 +63,10 @@ def test_a_head_of_another_class_count_is_left_fresh_and_said(tmp_path, capsys, 
     torch.save(small().state_dict(), tmp_path / "x.pth")
     model = UNet(7, base_channels=4, weights=str(tmp_path / "x.pth"))
     assert model.classifier.out_channels == 7
-    assert "classifier. left fresh, it has 3 outputs in the file and 7 here" in capsys.readouterr().err + caplog.text
+    assert (
+        "classifier. keeps its random initialisation, as it has 3 outputs in the file and 7 here"
+        in capsys.readouterr().err + caplog.text
+    )
 
 
 def test_a_head_that_the_file_lacks_or_has_too_much_is_an_error(tmp_path):
@@ -127,14 +131,41 @@ def test_a_file_without_weights_is_refused(tmp_path):
         small(weights=str(tmp_path / "x.pth"))
 
 
-def test_what_published_weights_need_survives_a_checkpoint(tmp_path, monkeypatch):
-    """The layout comes from the file; a checkpoint builds the same arithmetic without it."""
-    file = Weights("somewhere", {}, {"layout": "VainF"})
-    monkeypatch.setattr("segmentation.architectures.deeplabv3plus.read_weights", lambda path, network: file)
-    monkeypatch.setattr("segmentation.architectures.deeplabv3plus.load_weights", lambda *args, **kwargs: None)
-    model = DeepLabV3Plus(3, "mobilenet_v2", base_channels=4, weights="x.pth")
-    assert model.init_args["layout"] == "VainF" and "weights" not in model.init_args
-    assert DeepLabV3Plus(**model.init_args).decoder.low_level_first
+def test_what_published_weights_need_survives_a_checkpoint(tmp_path):
+    """The file settles an argument; a checkpoint stores it and builds the same arithmetic without the file."""
+    torch.save(milesial(bilinear=True), tmp_path / "x.pth")
+    model = UNet(3, base_channels=4, weights=str(tmp_path / "x.pth"))
+    checkpoint: dict = {"state_dict": {}}
+    model.on_save_checkpoint(checkpoint)
+    arguments = checkpoint["segmentation"]["init_args"]
+    assert arguments["up"] == "bilinear" and "weights" not in arguments
+    assert isinstance(UNet(**arguments).up1.up, nn.Upsample)
+
+
+def test_an_argument_that_contradicts_a_published_file_is_an_error(tmp_path):
+    torch.save(milesial(bilinear=True), tmp_path / "x.pth")
+    with pytest.raises(
+        UserError, match=r"x.pth \(milesial/Pytorch-UNet\) needs up: bilinear, but the model has up: tra"
+    ):
+        UNet(3, base_channels=4, up="transposed", weights=str(tmp_path / "x.pth"))
+    assert UNet(3, base_channels=4, up="bilinear", weights=str(tmp_path / "x.pth")).hparams.up == "bilinear"
+
+
+def milesial(bilinear: bool) -> dict[str, torch.Tensor]:
+    """Our U-Net's weights under milesial's names."""
+    names = {"down1": "inc", "bottom": "down4.maxpool_conv.1", "classifier": "outc.conv"}
+    names |= {f"down{level}": f"down{level - 1}.maxpool_conv.1" for level in (2, 3, 4)}
+    state = {}
+    for key, value in UNet(3, base_channels=4, up="bilinear" if bilinear else "transposed").state_dict().items():
+        part, _, rest = key.partition(".")
+        if part.startswith("up"):
+            part, rest = f"up{5 - int(part[2])}", rest.replace("conv.", "conv.double_conv.", 1)
+        elif part in ("mean", "std"):
+            continue
+        elif part != "classifier":
+            rest = f"double_conv.{rest}"
+        state[f"{names.get(part, part)}.{rest}"] = value
+    return state
 
 
 IMAGENET = {

@@ -3,6 +3,7 @@
 H. Noh, S. Hong, B. Han, "Learning Deconvolution Network for Semantic Segmentation", ICCV 2015, arXiv 1505.04366.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import SegmentationModule
-from ..weights import load_weights, read_weights
-from .backbones.vgg import load_vgg16, vgg_stage
+from ..weights import load_file
+from .backbones.vgg import load_as_convolution, load_vgg16, vgg_stage
 
 
 def deconv_stage(*channels: int) -> nn.Sequential:
-    """Transposed 3x3 convolutions of stride 1, from each number of channels to the next, with batch norm and ReLU."""
+    """Build transposed 3x3 convolutions of stride 1, from each width to the next, with batch norm and ReLU."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(channels):
         deconv = nn.ConvTranspose2d(inputs, outputs, 3, padding=1)
@@ -26,14 +27,14 @@ def deconv_stage(*channels: int) -> nn.Sequential:
 class DeconvNet(SegmentationModule):
     """VGG-16 with its fully connected layers, then unpooling and transposed convolutions (Figure 2, Table 2).
 
-    The 7x7 convolution fc6 makes one vector of a 224 x 224 image and fc6-deconv spreads it over 7 x 7 again; a larger
-    image has a vector at each of its windows.
+    The 7x7 convolution fc6 turns a 224 x 224 image into one vector, and fc6-deconv spreads it over 7 x 7 again. A
+    larger image has a vector at each position of the window.
 
     Args:
-        num_classes: output channels.
+        num_classes: number of output channels.
         base_channels: width of the first stage, 64 in the paper; all other convolutions scale with it.
-        fc_channels: of fc6 and fc7, 4096 in the paper, where they and fc6-deconv hold 88 % of 252 million parameters;
-            1024 where the SegNet paper compares with this network.
+        fc_channels: width of fc6 and fc7: 4096 in the paper, where they and fc6-deconv hold 88 % of 252 million
+            parameters; 1024 in the SegNet paper's comparison.
         weights: ``imagenet`` (torchvision's VGG-16 with batch norm, for the convolutions and for fc6 and fc7), a path,
             or None.
         **kwargs: see `SegmentationModule`.
@@ -42,9 +43,9 @@ class DeconvNet(SegmentationModule):
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``. Inside, zeros below and to the right make both
         sides multiples of 32, and 224 at least.
 
-    Differs from the paper: sees the whole image once, where the paper labels 50 object proposals apart and takes their
-    maximum, after training on single objects and then on proposals; no ensemble with FCN-8s; batch norm evaluates with
-    running averages; batch norm after fc6 and fc7 starts fresh with ImageNet weights, whose network has none there.
+    Differs from the paper: it labels the whole image at once, where the paper labels 50 object proposals and takes the
+    maximum, after training on single objects and then on proposals. There is no ensemble with FCN-8s. Batch norm
+    evaluates with running averages. ImageNet weights have no batch norm after fc6 and fc7, so it starts from ones.
     """
 
     def __init__(
@@ -84,11 +85,10 @@ class DeconvNet(SegmentationModule):
         if weights == "imagenet":
             self.load_imagenet()
         elif weights is not None:
-            file = read_weights(weights, "DeconvNet")
-            load_weights(self, file.state, file.source, heads=("classifier.",))
+            load_file(self, weights, new_layers=("classifier.",))
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """The network of Table 2; the comments give the sizes of its 224 x 224 input."""
+        """Run the network of Table 2; the comments give the sizes for its 224 x 224 input."""
         height, width = image.shape[-2:]
         below, right = (max(-side % 32, 224 - side) for side in (height, width))
         x = F.pad(image, [0, right, 0, below])
@@ -107,26 +107,30 @@ class DeconvNet(SegmentationModule):
         return {"main": self.classifier(x)[..., :height, :width]}
 
     def new_layers(self) -> list[nn.Module]:
-        """All that ImageNet does not give: the way up."""
+        """Return the way up, which has no ImageNet weights."""
         ups = [self.fc6_deconv, self.deconv5, self.deconv4, self.deconv3, self.deconv2, self.deconv1]
         return [*ups, self.classifier]
 
     def load_imagenet(self) -> None:
-        """Take VGG-16's convolutions, and its first two fully connected layers as convolutions."""
+        """Copy VGG-16's convolutions, and its first two fully connected layers as convolutions."""
         state = load_vgg16((self.conv1, self.conv2, self.conv3, self.conv4, self.conv5), batch_norm=True)
-        for layer, name, window in ((self.fc6[0], "classifier.0", 7), (self.fc7[0], "classifier.3", 1)):
-            weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-            load_weights(layer, {"weight": weight.view(len(weight), -1, window, window), "bias": bias}, "ImageNet")
+        load_as_convolution(self.fc6[0], state, "classifier.0", window=7)
+        load_as_convolution(self.fc7[0], state, "classifier.3", window=1)
 
 
-def unpool(x: Tensor, switches: Tensor) -> Tensor:
-    """Double both sides: put every value where its maximum was, and 0 elsewhere (section 3.2.1).
+def unpool(x: Tensor, switches: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """Put every value where its maximum was, and 0 elsewhere (section 3.2.1).
 
-    As ``torch.nn.functional.max_unpool2d``, which refuses to run under Trainer's ``deterministic``.
+    ``torch.nn.functional.max_unpool2d`` does the same, but refuses to run with Trainer's ``deterministic``.
+
+    Args:
+        x: the small map.
+        switches: positions of the maxima in the flattened large map, as max pooling returns them.
+        size: height and width of the large map; None doubles both sides.
 
     Shape:
-        ``(N, C, h, w)`` and switches, positions in the flattened large map -> ``(N, C, 2h, 2w)``.
+        ``(N, C, h, w)`` and switches of the same shape -> ``(N, C, *size)``.
     """
-    size = (2 * x.shape[2], 2 * x.shape[3])
-    flat = x.new_zeros(*x.shape[:2], size[0] * size[1])
-    return flat.scatter(2, switches.flatten(2), x.flatten(2)).unflatten(2, size)
+    height, width = size or (2 * x.shape[2], 2 * x.shape[3])
+    flat = x.new_zeros(*x.shape[:2], height * width)
+    return flat.scatter(2, switches.flatten(2), x.flatten(2)).unflatten(2, (height, width))

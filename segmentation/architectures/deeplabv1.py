@@ -1,4 +1,4 @@
-"""DeepLab v1 (LargeFOV): VGG-16 kept at an eighth of the resolution by holes in its filters.
+"""DeepLab v1 (LargeFOV): VGG-16 kept at stride 8 by dilated (atrous) convolutions.
 
 L.-C. Chen, G. Papandreou, I. Kokkinos, K. Murphy, A. L. Yuille, "Semantic Image Segmentation with Deep Convolutional
 Nets and Fully Connected CRFs", ICLR 2015, arXiv 1412.7062.
@@ -13,24 +13,25 @@ from torch import Tensor, nn
 
 from ..base import Batch, SegmentationModule
 from ..errors import UserError
-from ..weights import load_weights, read_weights
+from ..weights import load_file
 from .backbones.vgg import load_vgg16, vgg_stage
 
 
 class MultiScale(nn.Module):
-    """Scores of the image and of the first four poolings, each through two layers of its own (section 4.3).
+    """Score maps from the image and from the first four poolings, each through two layers (section 4.3).
 
     The paper concatenates these 5 x 128 channels with those of fc7 before the classifier. A 1x1 convolution of a
-    concatenation is the sum of one for each part, so fc8 stays the plain network's, and these scores are added to it.
+    concatenation is the sum of one 1x1 convolution per part. So fc8 stays as in the plain network, and these score maps
+    are added to its own.
 
     Args:
-        in_channels: of the image and of the four poolings.
-        channels: of both layers, 128 in the paper.
-        num_classes: score maps.
-        drop: dropout layer, after either layer.
+        in_channels: channels of the image and of the four poolings.
+        channels: width of both layers, 128 in the paper.
+        num_classes: number of score maps.
+        drop: dropout layer that follows each layer.
 
     Shape:
-        maps of strides 1, 2, 4, 8 and 8 -> scores ``(N, num_classes, ceil(H / 8), ceil(W / 8))``.
+        image and poolings at strides 1, 2, 4, 8 and 8 -> ``(N, num_classes, ceil(H / 8), ceil(W / 8))``.
     """
 
     def __init__(
@@ -51,17 +52,16 @@ class MultiScale(nn.Module):
 class DeepLabV1(SegmentationModule):
     """VGG-16 with the last two poolings at stride 1, conv5 dilated by 2 and fc6 a 3x3 convolution dilated by 12.
 
-    The loss compares score maps at an eighth of the resolution with labels subsampled by 8 (section 4.2). Where a map
-    has another size than those labels (``fc7_padding=1``), it is interpolated to the mask, as the blog post does.
+    The loss compares the score maps at stride 8 with every eighth label (section 4.2). With ``fc7_padding=1`` the score
+    maps have another size; the loss then interpolates them to the mask.
 
     Args:
-        num_classes: output channels.
-        fc7_padding: 0 as in the paper; 1 pads the 1x1 convolution fc7, which makes the score map two pixels larger
-            than the features and is what a widely read blog post does.
+        num_classes: number of output channels.
+        fc7_padding: 0 as in the paper; 1 pads the 1x1 convolution fc7, as a widely read blog post does. The score map
+            is then two pixels larger than the features.
         dropout: ``elementwise`` as in Caffe, or ``channel`` (``Dropout2d``) as in that post.
-        multi_scale: add scores of the image and of the first four poolings, DeepLab-MSc (section 4.3). ``weights`` may
-            be those of a plain network.
-        train_only_multi_scale: keep all weights but those that `multi_scale` adds, as the paper does.
+        multi_scale: add `MultiScale`, which makes DeepLab-MSc (section 4.3). ``weights`` may be a plain network's.
+        train_only_multi_scale: train only the layers that `multi_scale` adds, as the paper does.
         base_channels: width of the first stage, 64 in the paper; all others scale with it.
         weights: ``imagenet`` (torchvision's VGG-16, fc6 and fc7 subsampled as in section 3.1), a path, or None.
         **kwargs: see `SegmentationModule`.
@@ -69,12 +69,12 @@ class DeepLabV1(SegmentationModule):
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``; score maps have ``ceil(H / 8) x ceil(W / 8)``.
 
-    Differs from the paper: sizes other than 8k + 1 repeat the last row and column of scores; the average pooling
-    divides by 9 everywhere; batch 20 of the paper, while its released solver has 30. Strides and dropout of the
-    multi-scale branches, which the paper does not give, are as re-implementations report them of the released model.
+    Differs from the paper: for sizes other than 8k + 1 the last row and column of scores are repeated; the average
+    pooling divides by 9 everywhere. The paper does not give strides and dropout of the multi-scale branches; they are
+    those that re-implementations report of the released model.
 
     Raises:
-        UserError: for another padding or kind of dropout, `multi_scale` where fc7 is padded, or nothing to train.
+        UserError: for another padding or dropout, `multi_scale` with a padded fc7, or nothing to train.
     """
 
     def __init__(
@@ -128,9 +128,7 @@ class DeepLabV1(SegmentationModule):
         if weights == "imagenet":
             self.load_imagenet()
         elif weights is not None:
-            file = read_weights(weights, "DeepLabV1")
-            heads = ("fc8.", "multi_scale.classifier.")
-            load_weights(self, file.state, file.source, heads=heads, optional=("multi_scale.",))
+            load_file(self, weights, ("fc8.", "multi_scale.classifier."), optional=("multi_scale.",))
         if train_only_multi_scale:
             self.requires_grad_(False)
             self.multi_scale.requires_grad_(True)  # type: ignore[union-attr]
@@ -149,18 +147,16 @@ class DeepLabV1(SegmentationModule):
             scores = scores + self.multi_scale((image, pool1, pool2, pool3, pool4))
         return {"main": scores}
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits at the image's size: score j lies at pixel 8 j, as in the loss and in Caffe's interpolation."""
+    def upsample(self, scores: Tensor, size: Sequence[int]) -> Tensor:
+        """Put score j at pixel 8 j, as in the loss and in Caffe's interpolation."""
         if self.fc7_padding:
-            return super().forward(image)
-        height, width = image.shape[-2:]
-        scores = self.score_maps(image)["main"]  # (N, K, ceil(H / 8), ceil(W / 8))
+            return super().upsample(scores, size)
         grid = [8 * (side - 1) + 1 for side in scores.shape[-2:]]
         scores = F.interpolate(scores, size=grid, mode="bilinear", align_corners=True)
-        return F.pad(scores, [0, width - grid[1], 0, height - grid[0]], mode="replicate")
+        return F.pad(scores, [0, size[1] - grid[1], 0, size[0] - grid[0]], mode="replicate")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy at stride 8 against every eighth label (section 4.2)."""
+        """Compare the score maps at stride 8 with every eighth label (section 4.2)."""
         if self.fc7_padding:
             return super().losses(batch)
         scores = self.score_maps(self.preprocess(batch["image"]))["main"]
@@ -168,17 +164,17 @@ class DeepLabV1(SegmentationModule):
         return {"main": self.criterion(scores, {key: batch[key][:, ::8, ::8] for key in keys})}
 
     def new_layers(self) -> list[nn.Module]:
-        """The classifier, trained at ten times the rate (section 4.2), and what `multi_scale` adds."""
+        """Return the classifier, trained at ten times the rate (section 4.2), and what `multi_scale` adds."""
         return [self.fc8, *([] if self.multi_scale is None else [self.multi_scale])]
 
     def load_imagenet(self) -> None:
-        """Take VGG-16's convolutions, and a part of its fully connected layers."""
+        """Copy VGG-16's convolutions, and a part of its fully connected layers."""
         state = load_vgg16((self.conv1, self.conv2, self.conv3, self.conv4, self.conv5))
         load_fully_connected(self.fc6, self.fc7, state)
 
 
 def load_fully_connected(fc6: nn.Conv2d, fc7: nn.Conv2d, state: dict[str, Tensor]) -> None:
-    """Take a random quarter of VGG-16's fc6, every third tap of its 7x7, and of fc7 (section 3.1).
+    """Copy a random quarter of VGG-16's fc6, every third tap of its 7x7 kernel, and of fc7 (section 3.1).
 
     Args:
         fc6: 512 -> 1024, 3x3.

@@ -1,4 +1,4 @@
-"""DeepLab v2: one feature map through atrous convolutions of several rates, whose scores are summed.
+"""DeepLab v2: atrous convolutions of several rates look at one feature map, and their scores are summed.
 
 L.-C. Chen, G. Papandreou, I. Kokkinos, K. Murphy, A. L. Yuille, "DeepLab: Semantic Image Segmentation with Deep
 Convolutional Nets, Atrous Convolution, and Fully Connected CRFs", TPAMI 2018, arXiv 1606.00915.
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..base import Batch, SegmentationModule, resize
 from ..errors import UserError
-from ..weights import Weights, load_weights, read_weights
+from ..weights import arguments_from_weights, load_file
+from .backbones import Backbone
 from .backbones.resnet import ResNet
 from .backbones.vgg import load_vgg16, vgg_stage
 from .deeplabv1 import load_fully_connected
 
 
-class AtrousVGG16(nn.Module):
+class AtrousVGG16(Backbone):
     """VGG-16 up to pool5 with the last two poolings at stride 1 and conv5 dilated by 2, as in DeepLab v1.
 
     Shape:
@@ -56,11 +57,11 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (section 3.2, Figures 4 and 7): the sum of the scores of parallel branches.
 
     Args:
-        in_channels: of the features.
-        num_classes: score maps.
+        in_channels: channels of the features.
+        num_classes: number of score maps.
         atrous_rates: dilations of the 3x3 convolutions, in feature-map pixels.
-        fc_channels: for VGG-16, width of fc6 and fc7 in every branch; 0 scores right after one convolution, as the
-            released ResNet-101 does.
+        fc_channels: width of fc6 and fc7 in every branch, for VGG-16; 0 gives a single convolution per branch, as in
+            the released ResNet-101.
 
     Shape:
         ``(N, in_channels, h, w)`` -> ``(N, num_classes, h, w)``.
@@ -95,19 +96,19 @@ class ASPP(nn.Module):
 
 
 class DeepLabV2(SegmentationModule):
-    """Dilated ResNet or VGG-16 with ASPP, on the image at several scales (MSC), whose scores meet in their maximum.
+    """Dilated ResNet or VGG-16 with ASPP, on the image at several scales (MSC); the maximum of the scores counts.
 
     The published recipe has batch norm frozen (``freeze_bn``), ten times the learning rate for ASPP's weights
     (``head_lr_mult: 10``) and twenty times, without decay, for its biases (``bias_lr_mult: 2, bias_weight_decay: 0``).
 
     Args:
-        num_classes: output channels.
+        num_classes: number of output channels.
         backbone: ``resnet101``, ``resnet50`` or ``vgg16``.
-        atrous_rates: of ASPP: (6, 12, 18, 24) is ASPP-L; ASPP-S is (2, 4, 8, 12), LargeFOV (12,).
-        scales: of the image, with 1.0 among them, in training and in evaluation; [1.0] alone is the network without
-            MSC. None takes what `weights` need, else the paper's (1.0, 0.75, 0.5).
-        stride_in_1x1: a ResNet's stride stands in the first 1x1 convolution of a block, as in Caffe's ResNets, or, as
-            ``imagenet`` needs it, in the 3x3. None takes what `weights` need, else True.
+        atrous_rates: dilations of ASPP: (6, 12, 18, 24) is ASPP-L; ASPP-S is (2, 4, 8, 12), LargeFOV (12,).
+        scales: scales of the image, in training and in evaluation, with 1.0 among them; [1.0] alone is the network
+            without MSC. None takes the scales of `weights`, otherwise the paper's (1.0, 0.75, 0.5).
+        stride_in_1x1: put a ResNet's stride in the first 1x1 convolution of a block, as in Caffe's ResNets, not in the
+            3x3 convolution. None takes what `weights` need, otherwise True; ``imagenet`` needs False.
         base_channels: width of the first stage, 64 in the paper; all others scale with it.
         weights: ``imagenet`` (backbone, and fc6 and fc7 of VGG-16, subsampled as in DeepLab v1), a path, or None.
         **kwargs: see `SegmentationModule`.
@@ -123,6 +124,7 @@ class DeepLabV2(SegmentationModule):
         UserError: for an unknown backbone, a rate below 1, or scales that are not positive or lack 1.0.
     """
 
+    @arguments_from_weights
     def __init__(
         self,
         num_classes: int,
@@ -135,11 +137,7 @@ class DeepLabV2(SegmentationModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        file = Weights() if weights in (None, "imagenet") else read_weights(weights, "DeepLabV2")
-        scales = scales or file.arguments.get("scales") or (1.0, 0.75, 0.5)
-        if stride_in_1x1 is None:
-            stride_in_1x1 = file.arguments.get("stride_in_1x1", weights != "imagenet")
-        self.hparams.update(scales=list(scales), stride_in_1x1=stride_in_1x1)  # a checkpoint builds the same network
+        scales = scales or (1.0, 0.75, 0.5)
         if backbone not in ("resnet101", "resnet50", "vgg16"):
             raise UserError(f"backbone must be resnet101, resnet50 or vgg16, got {backbone}")
         if 1.0 not in scales or min(scales) <= 0:
@@ -156,7 +154,7 @@ class DeepLabV2(SegmentationModule):
                 base_channels,
                 output_stride=8,
                 dilate_first_block=True,
-                stride_in_1x1=stride_in_1x1,
+                stride_in_1x1=stride_in_1x1 is not False,
                 ceil_mode=True,
             )
             self.last, fc_channels = "layer4", 0
@@ -164,11 +162,12 @@ class DeepLabV2(SegmentationModule):
         if weights == "imagenet":
             self.load_imagenet()
         elif weights is not None:
-            heads = tuple(f"classifier.convs.{i}{'.6' if fc_channels else ''}." for i in range(len(atrous_rates)))
-            load_weights(self, file.state, file.source, heads=heads, optional=("classifier.",))
+            last = ".6." if fc_channels else "."
+            scores = [f"classifier.convs.{branch}{last}" for branch in range(len(atrous_rates))]
+            load_file(self, weights, scores, optional=("classifier.",))
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """Scores at stride 8: ``main``, the maximum over scales, and in training those of each scale."""
+        """Score the image at every scale: ``main`` is the maximum at stride 8; training gets each scale's too."""
         least = math.ceil(1 / min(self.scales))  # else the smallest image would have no pixel
         height, width = image.shape[-2:]
         image = F.pad(image, [0, max(0, least - width), 0, max(0, least - height)], mode="replicate")
@@ -183,16 +182,16 @@ class DeepLabV2(SegmentationModule):
         return {"main": main, **maps} if self.training and len(self.scales) > 1 else {"main": main}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the maximum and of each scale, each against labels subsampled to its own size."""
+        """Compare the maximum, and each scale's scores, with labels subsampled to their size."""
         maps = self.score_maps(self.preprocess(batch["image"]))
         return {name: self.criterion(scores, subsample(batch, scores.shape[-2:])) for name, scores in maps.items()}
 
     def new_layers(self) -> list[nn.Module]:
-        """The convolutions that give scores."""
+        """Return the convolutions that give scores."""
         return list(self.classifier.scores)
 
     def load_imagenet(self) -> None:
-        """Take torchvision's backbone; for VGG-16 every branch has its own random part of the classifier."""
+        """Copy torchvision's backbone; with VGG-16 every branch gets another random part of the classifier."""
         if isinstance(self.backbone, ResNet):
             return self.backbone.load_imagenet()
         state = load_vgg16(list(self.backbone.stages))
@@ -201,7 +200,7 @@ class DeepLabV2(SegmentationModule):
 
 
 def subsample(batch: Batch, size: Sequence[int]) -> Batch:
-    """Take the labels, and weights if there are any, at the middle of each cell of a (height, width) grid."""
+    """Take the labels, and pixel weights if any, at the middle of each cell of a (height, width) grid."""
     small: Batch = {}
     for key in [key for key in ("mask", "pixel_weight") if key in batch]:
         values = batch[key][:, None].float()

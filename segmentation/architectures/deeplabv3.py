@@ -11,18 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import segmentation as published
 
-from ..base import Batch, SegmentationModule
+from ..base import SegmentationModule
 from ..errors import UserError
-from ..weights import Weights, download, load_weights, read_weights
+from ..weights import download, load_file, load_weights
+from .backbones import Backbone, classifier_head, conv_bn_relu
 from .backbones.mobilenet import MobileNetV3Large
 from .backbones.resnet import Bottleneck, ResNet
-
-
-def conv_bn_relu(in_channels: int, channels: int, kernel_size: int = 1, dilation: int = 1) -> list[nn.Module]:
-    """Convolution without bias that keeps the size, batch norm, ReLU."""
-    padding = dilation * (kernel_size // 2)
-    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, dilation=dilation, bias=False)
-    return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 
 class ImagePooling(nn.Sequential):
@@ -59,7 +53,7 @@ class ASPP(nn.Module):
         if not atrous_rates or min(atrous_rates) < 1:
             raise UserError(f"atrous_rates must be positive, got {atrous_rates}")
         branches = [nn.Sequential(*conv_bn_relu(in_channels, channels))]
-        branches += [nn.Sequential(*conv_bn_relu(in_channels, channels, 3, rate)) for rate in atrous_rates]
+        branches += [nn.Sequential(*conv_bn_relu(in_channels, channels, 3, dilation=rate)) for rate in atrous_rates]
         self.convs = nn.ModuleList([*branches, ImagePooling(in_channels, channels)])
         self.project = nn.Sequential(*conv_bn_relu(len(self.convs) * channels, channels), nn.Dropout(dropout))
 
@@ -148,7 +142,7 @@ class DeepLabV3(SegmentationModule):
             raise UserError(f"{backbone} has output_stride {strides[backbone]}, got {output_stride}")
         if multi_grid is None:
             multi_grid = (1, 2, 1) if cascade else (1, 2, 4) if paper else (1, 1, 1)
-        self.backbone: nn.Module
+        self.backbone: Backbone
         if mobile:
             self.backbone = MobileNetV3Large(self.in_channels)
             self.last, self.aux_from, rates = "stride16", "stride8", (12, 24, 36)
@@ -163,7 +157,7 @@ class DeepLabV3(SegmentationModule):
             )
             self.last, self.aux_from = "layer4", "layer3"
             rates = (12, 24, 36) if output_stride == 8 else (6, 12, 18)
-        channels, middle = self.backbone.channels[self.last], 4 * base_channels  # type: ignore[index]
+        channels, middle = self.backbone.channels[self.last], 4 * base_channels
         head: list[nn.Module]
         if cascade:
             head = [CascadedModules(channels, 32 // output_stride, multi_grid)]
@@ -173,46 +167,40 @@ class DeepLabV3(SegmentationModule):
         if not paper:
             head += conv_bn_relu(middle, middle, 3)
         self.classifier = nn.Sequential(*head, nn.Conv2d(middle, num_classes, 1))
-        self.aux_loss_weight = aux_loss_weight
+        self.loss_weights = {"aux": aux_loss_weight}
         self.aux_classifier = None
         if aux_loss_weight:
-            aux_channels = self.backbone.channels[self.aux_from]  # type: ignore[index]
-            layers = conv_bn_relu(aux_channels, aux_channels // 4, 3)
-            self.aux_classifier = nn.Sequential(*layers, nn.Dropout(0.1), nn.Conv2d(aux_channels // 4, num_classes, 1))
+            width = self.backbone.channels[self.aux_from]
+            self.aux_classifier = classifier_head(width, width // 4, num_classes, nn.Dropout(0.1))
+        last = (f"classifier.{len(self.classifier) - 1}.", "aux_classifier.4.")
         if weights == "imagenet":
-            self.backbone.load_imagenet()  # type: ignore[operator]
+            self.backbone.load_imagenet()
+        elif weights == "coco":
+            load_weights(self, coco_weights(backbone), "COCO", last, optional=("aux_classifier.",))
         elif weights is not None:
-            file = coco_weights(backbone) if weights == "coco" else read_weights(weights, "DeepLabV3")
-            last = f"classifier.{len(self.classifier) - 1}."
-            load_weights(
-                self, file.state, file.source, heads=(last, "aux_classifier.4."), optional=("aux_classifier.",)
-            )
+            load_file(self, weights, last, optional=("aux_classifier.",))
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """Score maps at the output stride: ``main``, and ``aux`` in training."""
+        """Score the last features at the output stride (``main``), and in training earlier ones too (``aux``).
+
+        The loss compares both at full resolution, which the paper found better than shrinking labels (section 4.1).
+        """
         features = self.backbone(image)
         maps = {"main": self.classifier(features[self.last])}  # (N, K, H/8, W/8)
         if self.aux_classifier is not None and self.training:
             maps["aux"] = self.aux_classifier(features[self.aux_from])
         return maps
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy at full resolution, which the paper found better than shrinking labels (section 4.1)."""
-        terms = super().losses(batch)
-        if "aux" in terms:
-            terms["aux"] = self.aux_loss_weight * terms["aux"]
-        return terms
-
     def new_layers(self) -> list[nn.Module]:
-        """Everything but the backbone."""
+        """Return everything but the backbone."""
         return [self.classifier, *([] if self.aux_classifier is None else [self.aux_classifier])]
 
 
-def coco_weights(backbone: str) -> Weights:
-    """Torchvision's published DeepLabV3 weights, trained on COCO's pictures of the 20 VOC classes."""
+def coco_weights(backbone: str) -> dict[str, Tensor]:
+    """Return torchvision's published DeepLabV3 weights, trained on COCO's images of the 20 VOC classes."""
     weights = {
         "resnet50": published.DeepLabV3_ResNet50_Weights,
         "resnet101": published.DeepLabV3_ResNet101_Weights,
         "mobilenet_v3_large": published.DeepLabV3_MobileNet_V3_Large_Weights,
     }[backbone]
-    return Weights("COCO", download(weights.COCO_WITH_VOC_LABELS_V1))
+    return download(weights.COCO_WITH_VOC_LABELS_V1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base import SegmentationModule
 from ..errors import UserError
-from ..weights import load_weights, read_weights
+from ..weights import load_file
 
 LAYERS = {  # of the five blocks down, the bottleneck and the five blocks up
     56: (4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4),
@@ -34,17 +34,16 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def bn_relu_conv(in_channels: int, channels: int, kernel_size: int, dropout: float) -> nn.Sequential:
-    """The paper's layer (Table 1): batch norm, ReLU, a convolution that keeps the size, dropout."""
+    """Build the paper's layer (Table 1): batch norm, ReLU, a convolution that keeps the size, dropout."""
     conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2)
     return nn.Sequential(BatchNorm(in_channels), nn.ReLU(inplace=True), conv, nn.Dropout(dropout))
 
 
 class DenseBlock(nn.Module):
-    """Layers that each add `growth_rate` maps to all that they were given (Figure 2).
+    """Layers that each add `growth_rate` maps to all maps before them (Figure 2).
 
     Shape:
-        ``(N, in_channels, h, w)`` -> the input and, after it, the new maps
-        ``(N, in_channels + layers * growth_rate, h, w)``.
+        ``(N, in_channels, h, w)`` -> ``(N, in_channels + layers * growth_rate, h, w)``, the input first.
     """
 
     def __init__(self, in_channels: int, growth_rate: int, layers: int, dropout: float) -> None:
@@ -59,14 +58,14 @@ class DenseBlock(nn.Module):
 
 
 class TransitionDown(nn.Sequential):
-    """A 1x1 layer of as many maps as it is given, and max pooling: halve the resolution (Table 1)."""
+    """A 1x1 layer that keeps the number of maps, and max pooling, which halves the resolution (Table 1)."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__(bn_relu_conv(channels, channels, 1, dropout), nn.MaxPool2d(2))
 
 
 class TransitionUp(nn.Module):
-    """Double the resolution of what the last block made, and join the skip connection (Table 1).
+    """Double the resolution of the last block's new maps, and join the skip connection (Table 1).
 
     Shape:
         ``(N, in_channels, h, w)``, of which the last `channels` go up, and skip ``(N, skip_channels, H, W)`` with
@@ -88,22 +87,23 @@ class TransitionUp(nn.Module):
 class FCDenseNet(SegmentationModule):
     """FC-DenseNet56, 67 or 103 (Table 2 lists the last), trained from scratch.
 
-    The way down carries everything ever made; the way up only what the last block made, and the skip connection.
+    On the way down a block passes on its input and its new maps. On the way up it passes on its new maps alone, which
+    are then joined with the skip connection.
 
     Args:
-        num_classes: output channels.
-        depth: number of convolutions, transposed ones among them: 56, 67 or 103.
-        growth_rate: maps that a layer adds; None takes the paper's, 12 for depth 56 and 16 for 67 and 103.
-        base_channels: of the first convolution, 48 in the paper.
+        num_classes: number of output channels.
+        depth: number of convolutions, transposed ones included: 56, 67 or 103.
+        growth_rate: number of maps that a layer adds; None takes the paper's, 12 for depth 56 and 16 for 67 and 103.
+        base_channels: width of the first convolution, 48 in the paper.
         dropout: rate in every layer of blocks and transitions down, element by element.
-        batch_statistics: normalise with the statistics of the batch at hand in evaluation too, as the paper does at
-            test time, one image a batch; else with running averages. The weights fit either way.
+        batch_statistics: evaluate with the statistics of the batch at hand, as the paper does with one image a batch;
+            by default with running averages. The weights fit both.
         weights: a path, or None.
         **kwargs: see `SegmentationModule`.
 
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``. Five poolings need 32 pixels, and 64 with
-        `batch_statistics`: inside, zeros below and to the right of smaller images.
+        `batch_statistics`: smaller images are padded with zeros below and to the right.
 
     Differs from the paper: running averages by default in evaluation; batch norm's epsilon is 1e-5, that of the
     released code 1e-4.
@@ -157,11 +157,10 @@ class FCDenseNet(SegmentationModule):
             if isinstance(module, BatchNorm):
                 module.batch_statistics = batch_statistics
         if weights is not None:
-            file = read_weights(weights, "FCDenseNet")
-            load_weights(self, file.state, file.source, heads=("classifier.",))
+            load_file(self, weights, new_layers=("classifier.",))
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """The network of Table 2; the comments give FC-DenseNet103's channels."""
+        """Run the network of Table 2; the comments give FC-DenseNet103's channels."""
         height, width = image.shape[-2:]
         if min(height, width) < self.least:
             image = F.pad(image, [0, max(0, self.least - width), 0, max(0, self.least - height)])
@@ -177,5 +176,5 @@ class FCDenseNet(SegmentationModule):
         return {"main": self.classifier(x)[..., :height, :width]}
 
     def new_layers(self) -> list[nn.Module]:
-        """The last 1x1 convolution."""
+        """Return the last 1x1 convolution."""
         return [self.classifier]

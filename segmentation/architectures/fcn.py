@@ -1,4 +1,4 @@
-"""FCN: a classifier turned into convolutions, whose coarse scores meet those of finer layers on the way up.
+"""FCN: a classifier turned into convolutions; its coarse scores are joined with those of finer layers on the way up.
 
 J. Long, E. Shelhamer, T. Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015,
 arXiv 1411.4038; extended version PAMI 2017, arXiv 1605.06211.
@@ -11,27 +11,28 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import segmentation as published
 
-from ..base import Batch, SegmentationModule
+from ..base import SegmentationModule
 from ..errors import UserError
-from ..weights import Weights, download, load_weights, read_weights
+from ..weights import download, load_weights, read_weights
+from .backbones import Backbone, classifier_head
 from .backbones.resnet import ResNet
-from .backbones.vgg import load_vgg16, vgg_stage
+from .backbones.vgg import load_as_convolution, load_vgg16, vgg_stage
 
 SKIPS = ("score_pool4", "score_pool3", "upscore2", "upscore_pool4", "upscore")  # differ from FCN-32s to FCN-8s
 
 
-class VGG16(nn.Module):
-    """VGG-16 whose first two fully connected layers are convolutions, and whose third is gone (section 4.1).
+class VGG16(Backbone):
+    """VGG-16 whose first two fully connected layers are convolutions, without the third (section 4.1).
 
-    The 100 pixels of padding give fc6, whose 7x7 window shrinks the map, something to see at every pixel of the image.
+    The 7x7 convolution fc6 makes the map smaller; 100 pixels of padding keep it large enough for every pixel.
 
     Args:
         in_channels: channels of the image.
         base_channels: width of the first stage, 64 in the paper; all others, and fc6 and fc7, scale with it.
 
     Shape:
-        image ``(N, in_channels, H, W)`` -> features by name: ``pool3`` (256 channels, stride 8), ``pool4`` (512, 16),
-        ``fc7`` (4096, 32), of the padded image; ``channels`` has their widths.
+        image ``(N, in_channels, H, W)`` -> ``pool3`` (256 channels, stride 8), ``pool4`` (512, stride 16), ``fc7``
+        (4096, stride 32), of the padded image.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64) -> None:
@@ -54,7 +55,7 @@ class VGG16(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Features; the comments give the sizes of a 500 x 500 image."""
+        """Compute the features; the comments give the sizes for a 500 x 500 image."""
         x = self.pool(self.conv1(image))  # (N, 64, 349, 349)
         x = self.pool(self.conv2(x))  # (N, 128, 175, 175)
         pool3 = self.pool(self.conv3(x))  # (N, 256, 88, 88)
@@ -65,15 +66,14 @@ class VGG16(nn.Module):
         return {"pool3": pool3, "pool4": pool4, "fc7": x}
 
     def load_imagenet(self) -> None:
-        """Take torchvision's VGG-16, fc6 and fc7 included: a vector's weights are those of a 7x7 or 1x1 window."""
+        """Copy torchvision's VGG-16 with its first two fully connected layers."""
         state = load_vgg16((self.conv1, self.conv2, self.conv3, self.conv4, self.conv5))
-        for layer, name, window in ((self.fc6, "classifier.0", 7), (self.fc7, "classifier.3", 1)):
-            weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-            load_weights(layer, {"weight": weight.view(len(weight), -1, window, window), "bias": bias}, "ImageNet")
+        load_as_convolution(self.fc6, state, "classifier.0", window=7)
+        load_as_convolution(self.fc7, state, "classifier.3", window=1)
 
 
 class Upsampling(nn.ConvTranspose2d):
-    """A transposed convolution that starts as bilinear interpolation, and stays so unless it learns (section 3.3).
+    """A transposed convolution that starts as bilinear interpolation (section 3.3), and may learn.
 
     Shape:
         ``(N, num_classes, h, w)`` -> ``(N, num_classes, factor (h + 1), factor (w + 1))``.
@@ -88,11 +88,11 @@ class Upsampling(nn.ConvTranspose2d):
 
 
 class SkipClassifier(nn.Module):
-    """Scores of fc7, brought up to the image by way of the scores of finer layers (section 4.2, Figure 3).
+    """Scores of fc7, upsampled step by step and joined with the scores of finer layers (section 4.2, Figure 3).
 
     Args:
-        num_classes: score maps.
-        channels: of ``pool3``, ``pool4`` and ``fc7``.
+        num_classes: number of score maps.
+        channels: widths of ``pool3``, ``pool4`` and ``fc7``.
         output_stride: 32, 16 or 8.
         learn_upsampling: see `FCN`.
         at_once: see `FCN`.
@@ -139,11 +139,12 @@ class FCN(SegmentationModule):
     hundredth of its learning rate; or `at_once`.
 
     Args:
-        num_classes: output channels.
+        num_classes: number of output channels.
         backbone: ``vgg16``, ``resnet50`` or ``resnet101``.
         output_stride: input pixels per score of the finest layer: 32, 16 or 8. For a ResNet torchvision has 8, by
             dilation.
-        learn_upsampling: train VGG-16's transposed convolutions; else they stay bilinear, as in the released code.
+        learn_upsampling: train VGG-16's transposed convolutions; by default they stay bilinear, as in the released
+            code.
         at_once: scale VGG-16's ``pool4`` by 0.01 and ``pool3`` by 0.0001 before their scores, so that FCN-8s trains in
             one stage, as in the extended version.
         aux_loss_weight: weight of a second head's loss, on ``layer3`` of a ResNet; 0 builds none.
@@ -185,7 +186,7 @@ class FCN(SegmentationModule):
                 "learn_upsampling and at_once are for vgg16, aux_loss_weight and weights: coco for a ResNet, got "
                 f"backbone {backbone}"
             )
-        self.aux_loss_weight = aux_loss_weight
+        self.loss_weights = {"aux": aux_loss_weight}
         self.aux_classifier = None
         self.backbone: VGG16 | ResNet
         self.classifier: nn.Module
@@ -197,25 +198,20 @@ class FCN(SegmentationModule):
         else:
             depth = int(backbone.removeprefix("resnet"))
             self.backbone = ResNet(depth, self.in_channels, base_channels, output_stride)
-            self.classifier = fcn_head(self.backbone.channels["layer4"], num_classes)
+            width, aux_width = self.backbone.channels["layer4"], self.backbone.channels["layer3"]
+            self.classifier = classifier_head(width, width // 4, num_classes, nn.Dropout(0.1))
             if aux_loss_weight:
-                self.aux_classifier = fcn_head(self.backbone.channels["layer3"], num_classes)
+                self.aux_classifier = classifier_head(aux_width, aux_width // 4, num_classes, nn.Dropout(0.1))
         if weights == "imagenet":
             self.backbone.load_imagenet()
+        elif weights == "coco":
+            last = ("classifier.4.", "aux_classifier.4.")
+            load_weights(self, coco_weights(backbone), "COCO", last, optional=("aux_classifier.",))
         elif weights is not None:
-            file = coco_weights(backbone) if weights == "coco" else read_weights(weights, "FCN")
-            fresh = self.state_dict()  # bilinear kernels for another factor or class count stay as they are
-            state = {
-                key: value
-                for key, value in file.state.items()
-                if ".upscore" not in key or (key in fresh and fresh[key].shape == value.shape)
-            }
-            heads = ("classifier.score_", "classifier.4.", "aux_classifier.4.")
-            skips = [f"classifier.{name}." for name in SKIPS]
-            load_weights(self, state, file.source, heads=heads, optional=(*skips, "aux_classifier."))
+            self.load_file(weights)
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """Scores: ``main``, and with a second head ``aux`` in training."""
+        """Score the image: ``main``, and with a second head ``aux`` in training."""
         features = self.backbone(image)
         if isinstance(self.backbone, VGG16):
             return {"main": self.classifier(features, image.shape[-2:])}  # (N, K, H, W)
@@ -224,34 +220,31 @@ class FCN(SegmentationModule):
             maps["aux"] = self.aux_classifier(features["layer3"])
         return maps
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy over all pixels, plus the second head's."""
-        terms = super().losses(batch)
-        if "aux" in terms:
-            terms["aux"] = self.aux_loss_weight * terms["aux"]
-        return terms
+    def load_file(self, path: str) -> None:
+        """Load a file of weights; bilinear kernels for another factor or number of classes stay as they are."""
+        file, own = read_weights(path, "FCN"), self.state_dict()
+        state = {
+            key: value
+            for key, value in file.state.items()
+            if ".upscore" not in key or (key in own and own[key].shape == value.shape)
+        }
+        skips = [f"classifier.{name}." for name in SKIPS]
+        scores = ("classifier.score_", "classifier.4.", "aux_classifier.4.")
+        load_weights(self, state, file.source, scores, optional=(*skips, "aux_classifier."))
 
     def new_layers(self) -> list[nn.Module]:
-        """The layers that give scores."""
+        """Return the layers that give scores."""
         if isinstance(self.classifier, SkipClassifier):
             return list(self.classifier.scores)
         return [self.classifier, *([] if self.aux_classifier is None else [self.aux_classifier])]
 
 
-def fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:
-    """Torchvision's head: a 3x3 convolution to a quarter of the channels, batch norm, ReLU, dropout and scores."""
-    channels = in_channels // 4
-    conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-    last = nn.Conv2d(channels, num_classes, 1)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Dropout(0.1), last)
-
-
 def crop(x: Tensor, border: int, size: Sequence[int]) -> Tensor:
-    """Cut ``(..., height, width)`` out of ``(..., H, W)``, so many pixels from the top and from the left."""
+    """Cut ``(..., height, width)`` out of ``(..., H, W)``, `border` pixels from the top and from the left."""
     return x[..., border : border + size[0], border : border + size[1]]
 
 
-def coco_weights(backbone: str) -> Weights:
-    """Torchvision's published FCN weights, trained on COCO's pictures of the 20 VOC classes."""
+def coco_weights(backbone: str) -> dict[str, Tensor]:
+    """Return torchvision's published FCN weights, trained on COCO's images of the 20 VOC classes."""
     weights = {"resnet50": published.FCN_ResNet50_Weights, "resnet101": published.FCN_ResNet101_Weights}[backbone]
-    return Weights("COCO", download(weights.COCO_WITH_VOC_LABELS_V1))
+    return download(weights.COCO_WITH_VOC_LABELS_V1)

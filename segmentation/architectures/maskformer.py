@@ -16,26 +16,26 @@ from torch import Tensor, nn
 from ..base import Batch, SegmentationModule
 from ..errors import UserError
 from ..losses import IGNORE, CrossEntropy
-from ..weights import load_weights, read_weights
+from ..weights import load_file
 from .backbones.resnet import ResNet
 
 TINY = torch.finfo(torch.float32).tiny  # keeps a division by no pixel or no score from giving nan
 
 
 def conv_norm(in_channels: int, channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution without bias that keeps the size, and group norm with 8 channels to a group: 32 groups of 256."""
+    """Return a convolution without bias that keeps the size, and group norm with 8 channels per group."""
     conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
     return nn.Sequential(conv, nn.GroupNorm(channels // 8, channels))
 
 
 class PixelDecoder(nn.Module):
-    """Brings the backbone's features up to stride 4, stage by stage, as a feature pyramid network does.
+    """Bring the backbone's features up to stride 4, stage by stage, as a feature pyramid network does.
 
     T.-Y. Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, arXiv 1612.03144.
 
     Args:
-        in_channels: of the features at strides 4, 8, 16 and 32.
-        channels: of all layers and of the result.
+        in_channels: channels of the features at strides 4, 8, 16 and 32.
+        channels: channels of all layers and of the result.
 
     Shape:
         four maps ``(N, in_channels[i], H/s, W/s)`` -> per-pixel embeddings ``(N, channels, H/4, W/4)``.
@@ -58,16 +58,16 @@ class PixelDecoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention among the queries, attention from the queries to the image, and a two-layer network, each with a
-    shortcut and layer norm after it.
+    """Attention among the queries, attention from the queries to the image, and a two-layer network.
 
-    A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, Figure 1 right; positions enter
-    every attention's queries and keys but not its values, as in DETR (Carion et al., arXiv 2005.12872).
+    Each has a shortcut, followed by layer norm. A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv
+    1706.03762, Figure 1 right. Positions are added to queries and keys of every attention but not to its values, as in
+    DETR (Carion et al., arXiv 2005.12872).
 
     Args:
-        channels: of queries and image features; the two-layer network is 8 times as wide.
-        num_heads: of both attentions.
-        dropout: after each of the three, in the two-layer network, and on attention weights.
+        channels: channels of queries and image features; the two-layer network is 8 times as wide.
+        num_heads: heads of both attentions.
+        dropout: rate after each of the three, in the two-layer network, and on attention weights.
 
     Shape:
         x ``(N, Q, channels)``, features ``(N, P, channels)``, queries ``(Q, channels)``, positions ``(P, channels)``
@@ -94,14 +94,14 @@ class DecoderLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """Turns learned queries into one embedding per segment by looking at the last feature map (section 3.3).
+    """Turn learned queries into one embedding per segment by looking at the last feature map (section 3.3).
 
     Args:
-        in_channels: of the backbone's last stage, 2048 for a ResNet.
-        channels: of queries and embeddings.
+        in_channels: channels of the backbone's last stage, 2048 for a ResNet.
+        channels: channels of queries and embeddings.
         num_queries: number of segments.
-        layers: number of `DecoderLayer`; all share the layer norm that follows.
-        num_heads: of each attention.
+        layers: number of `DecoderLayer`; all share one layer norm after them.
+        num_heads: heads of each attention.
         dropout: see `DecoderLayer`.
 
     Shape:
@@ -134,7 +134,7 @@ class TransformerDecoder(nn.Module):
 
 
 def sine_positions(features: Tensor) -> Tensor:
-    """Sines and cosines of a pixel's row, then of its column, each scaled to (0, 2 pi], at falling frequencies.
+    """Return sines and cosines of a pixel's row and column, each scaled to (0, 2 pi], at falling frequencies.
 
     Shape:
         features ``(N, channels, h, w)`` -> ``(h * w, channels)``, of the same type.
@@ -156,25 +156,25 @@ def sine_positions(features: Tensor) -> Tensor:
 class MaskFormer(SegmentationModule):
     """MaskFormer over a ResNet, by default that of the paper's Table 1 with ResNet-50.
 
-    Each of `num_queries` segments is a mask and a distribution over the classes and "no object". In training, every
-    class that occurs in an image is one mask of the truth; the cheapest assignment of masks to segments is found after
-    each decoder layer anew, and unassigned segments learn "no object". With one class, the foreground is the only mask.
+    Each of `num_queries` segments has a mask and a distribution over the classes and "no object". In training, every
+    class that occurs in an image is one true mask. After each decoder layer the true masks are assigned to segments at
+    the lowest cost, and unassigned segments learn "no object". With one class, the foreground is the only true mask.
 
     The logits of `forward` are scores: for each class, the sum over segments of class probability times mask
-    probability (section 3.4). They are made probabilities by dividing by their sum over classes, not by softmax.
+    probability (section 3.4). `probabilities` divides them by their sum over classes; there is no softmax.
 
     Args:
-        num_classes: output channels.
+        num_classes: number of output channels.
         backbone: ``resnet50`` or ``resnet101``, at output stride 32.
         base_channels: width of the backbone's first stage; 64 in the paper.
         hidden_channels: width of pixel decoder and transformer, 256 in the paper; a multiple of 8 and of `num_heads`.
         num_queries: number of segments.
-        decoder_layers: of the transformer.
-        num_heads: of its attentions.
-        no_object_weight: of unassigned segments in the classes' cross-entropy.
-        mask_weight: of the focal loss, in the loss and in the assignment.
-        dice_weight: of the dice loss, likewise.
-        dropout: in the transformer.
+        decoder_layers: number of layers of the transformer.
+        num_heads: heads of its attentions.
+        no_object_weight: weight of unassigned segments in the classes' cross-entropy.
+        mask_weight: weight of the focal loss, in the loss and in the assignment.
+        dice_weight: weight of the dice loss, in the loss and in the assignment.
+        dropout: rate in the transformer.
         aux_losses: train every decoder layer, not only the last.
         weights: ``imagenet``, a path, or None.
         **kwargs: see `SegmentationModule`.
@@ -182,9 +182,9 @@ class MaskFormer(SegmentationModule):
     Shape:
         image ``(N, C, H, W)`` -> scores ``(N, num_classes, H, W)``, 0 or more.
 
-    Differs from the paper: pixels labelled 255, and images of nothing else, are in neither loss nor assignment, where
-    the paper's code counts such pixels as outside of every mask. Batch norm is trained, and frozen with `freeze_bn` as
-    in the paper's code. Images are padded to the next multiple of 32, in training too.
+    Differs from the paper: pixels labelled 255 count in neither loss nor assignment, where the paper's code counts them
+    as outside of every mask. Batch norm is trained; `freeze_bn` freezes it as in the paper's code. Images are padded to
+    the next multiple of 32, in training too.
 
     Raises:
         UserError: for an unknown backbone, a width that heads or groups do not divide, no query or no layer, or for
@@ -237,15 +237,16 @@ class MaskFormer(SegmentationModule):
         if weights == "imagenet":
             self.backbone.load_imagenet()
         elif weights is not None:
-            file = read_weights(weights, "MaskFormer")
-            load_weights(self, file.state, file.source, heads=("classifier.",))
+            load_file(self, weights, new_layers=("classifier.",))
 
-    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """The network of Figure 2, for any size: the image is padded with zeros below and to the right.
+    compiled = "network"
+
+    def network(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network of Figure 2 on an image of any size, padded with zeros below and to the right.
 
         Returns:
-            ``main``, the masks' logits ``(L, N, num_queries, H/4, W/4)`` of the padded image, and ``classes``, theirs
-            ``(L, N, num_queries, num_classes + 1)``: after each decoder layer in training, else after the last.
+            the logits of the masks ``(L, N, num_queries, H/4, W/4)``, of the padded image, and of their classes
+            ``(L, N, num_queries, num_classes + 1)``. L is the number of decoder layers in training, and 1 otherwise.
         """
         below, right = ((side + 31) // 32 * 32 - side for side in image.shape[-2:])
         image = F.pad(image, [0, right, 0, below])
@@ -255,48 +256,48 @@ class MaskFormer(SegmentationModule):
         if not (self.training and self.aux_losses):
             segments = segments[-1:]
         masks = torch.einsum("lnqc,nchw->lnqhw", self.mask_head(segments), pixels)
-        return {"main": masks, "classes": self.classifier(segments)}
+        return masks, self.classifier(segments)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Scores at the image's size: masks weighed by their classes, "no object" left out (section 3.4)."""
+    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
+        """Weigh the last layer's masks by their classes, without "no object" (section 3.4), at the image's size."""
         height, width = image.shape[-2:]
-        maps = self.score_maps(image)
-        masks = F.interpolate(maps["main"][-1], scale_factor=4, mode="bilinear", align_corners=False)
-        classes = maps["classes"][-1].softmax(dim=-1)[..., :-1]  # (N, 100, K)
-        return torch.einsum("nqk,nqhw->nkhw", classes, masks.sigmoid())[..., :height, :width]
+        masks, classes = (logits[-1] for logits in self.network(image))
+        masks = F.interpolate(masks, scale_factor=4, mode="bilinear", align_corners=False)
+        classes = classes.softmax(dim=-1)[..., :-1]  # (N, 100, K)
+        return {"main": torch.einsum("nqk,nqhw->nkhw", classes, masks.sigmoid())[..., :height, :width]}
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Scores over their sum; of one class, the score itself, at most 1: ``(N, num_classes, H, W)``."""
+        """Return the scores over their sum; for one class the score itself, at most 1: ``(N, num_classes, H, W)``."""
         scores = logits.float()
         return scores.clamp(0, 1) if self.num_classes == 1 else scores / scores.sum(dim=1, keepdim=True).clamp(min=TINY)
 
     def logits_of(self, probs: Tensor) -> Tensor:
-        """The probabilities: divided by their sum of 1, they stay what they are."""
+        """Return the probabilities: divided by their sum of 1, they stay the same."""
         return probs
 
     def evaluation_loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy of the probabilities, which stops at 1e-6 below."""
+        """Return the cross-entropy of the probabilities, which are at least 1e-6."""
         probs = self.probabilities(logits)
         return self.loss(probs.logit(1e-6) if self.num_classes == 1 else probs.clamp(min=1e-6).log(), mask)
 
     def new_layers(self) -> list[nn.Module]:
-        """Everything but the backbone."""
+        """Return everything but the backbone."""
         return [self.pixel_decoder, self.transformer_decoder, self.classifier, self.mask_head]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Equation 1 after the last decoder layer: ``class``, ``mask`` and ``dice``; ``aux_...`` sums other layers.
+        """Return equation 1 after the last decoder layer: ``class``, ``mask``, ``dice``; ``aux_...`` sums the others.
 
-        The masks are held against the truth at its own size, the assignment is made at a quarter of it. A pixel counts
-        by a batch's ``weight`` and is left out where it is labelled 255.
+        Masks are compared with the truth at its size, and assigned at a quarter of it. A pixel counts by a batch's
+        ``pixel_weight``, and not at all where it is labelled 255.
         """
-        maps = self.score_maps(self.preprocess(batch["image"]))
-        masks, mask = maps["main"], batch["mask"]
+        masks, classes = self.network(self.preprocess(batch["image"]))
+        mask = batch["mask"]
         height, width = mask.shape[-2:]
         margin = [0, 4 * masks.shape[-1] - width, 0, 4 * masks.shape[-2] - height]
         weight = (mask != IGNORE).float() * batch.get("pixel_weight", 1.0)
-        mask, weight = F.pad(mask, margin, value=IGNORE), F.pad(weight, margin)  # as the image in `score_maps`
+        mask, weight = F.pad(mask, margin, value=IGNORE), F.pad(weight, margin)  # like the image in `network`
         with torch.autocast(masks.device.type, enabled=False):
-            terms = self.mask_classification_loss(maps["classes"].float(), masks.float(), mask, weight)
+            terms = self.mask_classification_loss(classes.float(), masks.float(), mask, weight)
         last = {name: values[-1] for name, values in terms.items()}
         aux = {f"aux_{name}": values[:-1].sum() for name, values in terms.items() if len(values) > 1}
         return last | aux
@@ -310,7 +311,7 @@ class MaskFormer(SegmentationModule):
             classes: logits ``(L, N, Q, num_classes + 1)``.
             masks: logits ``(L, N, Q, h, w)``.
             mask: labels ``(N, 4h, 4w)``.
-            weight: of each pixel, 0 where ignored ``(N, 4h, 4w)``.
+            weight: weight of each pixel, 0 where ignored ``(N, 4h, 4w)``.
 
         Returns:
             the terms ``class``, ``mask`` and ``dice`` of each layer, ``(L,)``.
@@ -358,7 +359,7 @@ class MaskFormer(SegmentationModule):
 
 
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The Hungarian algorithm: for each layer, the pairs of segment and mask whose costs have the smallest sum.
+    """Find the pairs of segment and true mask whose costs have the smallest sum, for each layer (Hungarian algorithm).
 
     Shape:
         cost ``(L, Q, M)`` -> indices of segments and of masks, each ``(L, min(Q, M))``.
@@ -371,19 +372,19 @@ def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def focal(logits: Tensor, truth: Tensor) -> Tensor:
-    """Focal loss of each pixel with alpha 0.25 and gamma 2 (Lin et al., arXiv 1708.02002, equation 5)."""
+    """Return the focal loss of each pixel, alpha 0.25 and gamma 2 (Lin et al., arXiv 1708.02002, equation 5)."""
     entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     surprise = -torch.expm1(-entropy)  # 1 - p_t
     return (0.25 * truth + 0.75 * (1 - truth)) * surprise**2 * entropy
 
 
 def focal_loss(logits: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """Mean over pixels: logits and truth ``(..., h, w)``, weight ``(h, w)`` -> ``(...)``."""
+    """Return the mean over pixels: logits and truth ``(..., h, w)``, weight ``(h, w)`` -> ``(...)``."""
     return (focal(logits, truth) * weight).sum(dim=(-2, -1)) / weight.sum().clamp(min=TINY)
 
 
 def focal_costs(logits: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """`focal_loss` of all pairs: logits ``(L, Q, h, w)``, truth ``(M, h, w)``, weight ``(h, w)`` -> ``(L, Q, M)``."""
+    """Return `focal_loss` of all pairs: ``(L, Q, h, w)``, truth ``(M, h, w)``, weight ``(h, w)`` -> ``(L, Q, M)``."""
     inside = focal(logits, torch.ones_like(logits)) * weight
     outside = focal(logits, torch.zeros_like(logits)) * weight
     costs = torch.einsum("lqhw,mhw->lqm", inside, truth) + torch.einsum("lqhw,mhw->lqm", outside, 1 - truth)
@@ -391,14 +392,14 @@ def focal_costs(logits: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """1 - Dice's coefficient, smoothed by 1 (Milletari et al., arXiv 1606.04797): shapes as `focal_loss`."""
+    """Return 1 - Dice's coefficient, smoothed by 1 (Milletari et al., arXiv 1606.04797); shapes as in `focal_loss`."""
     probs, truth = logits.sigmoid() * weight, truth.expand(logits.shape)
     overlap, areas = (probs * truth).sum(dim=(-2, -1)), (probs + truth * weight).sum(dim=(-2, -1))
     return 1 - (2 * overlap + 1) / (areas + 1)
 
 
 def dice_costs(logits: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """`dice_loss` of all pairs: shapes as `focal_costs`."""
+    """Return `dice_loss` of all pairs; shapes as in `focal_costs`."""
     probs = logits.sigmoid() * weight
     overlap = torch.einsum("lqhw,mhw->lqm", probs, truth)
     areas = probs.sum(dim=(-2, -1))[..., None] + (truth * weight).sum(dim=(-2, -1))

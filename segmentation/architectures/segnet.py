@@ -1,4 +1,4 @@
-"""SegNet: a decoder that puts features back where the encoder's poolings found their maxima.
+"""SegNet: a decoder that puts features back at the positions where the encoder's poolings found their maxima.
 
 V. Badrinarayanan, A. Kendall, R. Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
 Segmentation", TPAMI 2017, arXiv 1511.00561.
@@ -12,33 +12,34 @@ from torch import Tensor, nn
 
 from ..base import SegmentationModule
 from ..errors import UserError
-from ..weights import load_weights, read_weights
+from ..weights import load_file
 from .backbones.vgg import load_vgg16, vgg_stage
+from .deconvnet import unpool
 
 
 class SegNet(SegmentationModule):
-    """VGG-16's 13 convolutions and their mirror image, joined by nothing but the places of the maxima (Figure 2).
+    """VGG-16's 13 convolutions and their mirror image; only the positions of the maxima connect both (Figure 2).
 
-    Poolings round odd sizes up, 45 to 23, and every unpooling knows the size before its pooling, so an image of any
-    size passes without padding.
+    Poolings round odd sizes up, 45 to 23, and every unpooling knows the size before its pooling. So images of any size
+    need no padding.
 
     Args:
-        num_classes: output channels.
+        num_classes: number of output channels.
         variant: ``full``, or ``basic``: SegNet-Basic (section 3.1), four stages of one 7x7 convolution each, whose
-            decoder has no ReLU. It divides each pixel by its local response across channels first, with constants made
-            for values of 0..255: ``mean: [0, 0, 0]`` and ``std`` of 1 / 255 = 0.003921569 keep those.
+            decoder has no ReLU. It first divides each pixel by its local response across channels, with constants made
+            for values of 0..255: set ``mean: [0, 0, 0]`` and ``std`` to 1 / 255 = 0.003921569 to keep those values.
         base_channels: width of the first stage, 64 in the paper; all others scale with it.
-        dropout: rate after every pooling from the third on and after the decoder stages that mirror them, where the
-            released Bayesian SegNet has it; 0.5 in the paper's benchmark.
+        dropout: rate after every pooling from the third on, and after the decoder stages that mirror them, as in the
+            released Bayesian SegNet; 0.5 in the paper's benchmark.
         weights: ``imagenet`` (encoder of the full variant, torchvision's VGG-16 with batch norm), a path, or None.
         **kwargs: see `SegmentationModule`.
 
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
-    Differs from the paper: batch norm evaluates with running averages, where the paper computes its statistics over
-    the whole training set once training is done; Basic has biases and a local response normalisation, as in the
-    released model, where the paper leaves out biases and normalises local contrast.
+    Differs from the paper: batch norm evaluates with running averages, where the paper computes statistics over the
+    whole training set after training. Basic has biases and local response normalisation, as in the released model,
+    where the paper has no biases and normalises local contrast.
 
     Raises:
         UserError: for an unknown variant, or ImageNet weights for Basic.
@@ -98,11 +99,10 @@ class SegNet(SegmentationModule):
         if weights == "imagenet":
             load_vgg16(list(self.encoder), batch_norm=True)
         elif weights is not None:
-            file = read_weights(weights, "SegNet")
-            load_weights(self, file.state, file.source, heads=("classifier.",))
+            load_file(self, weights, new_layers=("classifier.",))
 
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """Encode, remembering where each maximum was, and decode in reverse order."""
+        """Encode, store where each maximum was, and decode in reverse order."""
         x = self.norm(image)
         memory = []
         for level, stage in enumerate(self.encoder):
@@ -121,22 +121,10 @@ class SegNet(SegmentationModule):
         return {"main": self.classifier(x)}  # (N, K, H, W)
 
     def new_layers(self) -> list[nn.Module]:
-        """All that ImageNet does not give: decoder and classifier."""
+        """Return decoder and classifier, which have no ImageNet weights."""
         return [self.decoder, self.classifier]
 
 
 def conv_bn(in_channels: int, channels: int) -> list[nn.Module]:
-    """The 7x7 convolution of SegNet-Basic, and batch norm."""
+    """Return the 7x7 convolution of SegNet-Basic, and batch norm."""
     return [nn.Conv2d(in_channels, channels, 7, padding=3), nn.BatchNorm2d(channels)]
-
-
-def unpool(x: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
-    """Put every value where its maximum was, and 0 elsewhere.
-
-    As ``torch.nn.functional.max_unpool2d``, which refuses to run under Trainer's ``deterministic``.
-
-    Shape:
-        ``(N, C, h, w)`` and indices, positions in the flattened map of `size` -> ``(N, C, *size)``.
-    """
-    flat = x.new_zeros(*x.shape[:2], size[0] * size[1])
-    return flat.scatter(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)

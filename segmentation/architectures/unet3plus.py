@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Batch, SegmentationModule, resize
+from ..base import Batch, SegmentationModule
 from ..errors import UserError
-from ..inference import mirror
+from ..inference import mirror, resize
 from ..losses import IGNORE
-from ..weights import load_weights, read_weights
+from ..weights import load_file
+from .backbones import conv_bn_relu
 from .unet import DoubleConv
 
 ABSENT = 100.0  # taken off the logits of a class that is not in the image: its probability is then 0
@@ -28,29 +29,29 @@ C1, C2 = 0.01**2, 0.03**2  # its constants
 TINY = 1e-12  # keeps a mean over nothing from 0 / 0
 
 
-def conv_bn_relu(in_channels: int, channels: int) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU."""
-    conv = nn.Conv2d(in_channels, channels, 3, padding=1)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+def conv_block(in_channels: int, channels: int) -> nn.Sequential:
+    """Return a 3x3 convolution with bias, batch norm and ReLU."""
+    return nn.Sequential(*conv_bn_relu(in_channels, channels, 3, bias=True))
 
 
 class FullScaleStage(nn.Module):
-    """A decoder stage (equation 1): maps of all five scales brought to its own, each through a convolution, then fused.
+    """A decoder stage (equation 1): the maps of all five scales are brought to its scale and fused.
 
     Args:
         stage: 1 (full resolution) to 4.
-        in_channels: of the five maps, the finest first: encoder 1 to `stage`, then the decoder's down to the bottom.
-        channels: that each map contributes, 64 in the paper.
+        in_channels: channels of the five maps, the finest first: encoder 1 to `stage`, then the decoder's, then the
+            bottom's.
+        channels: number of channels that each map contributes, 64 in the paper.
 
     Shape:
-        five maps, each half the size of the one before -> ``(N, 5 * channels, h, w)``, the size of map `stage`.
+        five maps, each half as large as the map before -> ``(N, 5 * channels, h, w)`` at the size of map `stage`.
     """
 
     def __init__(self, stage: int, in_channels: Sequence[int], channels: int) -> None:
         super().__init__()
         self.stage = stage
-        self.branches = nn.ModuleList([conv_bn_relu(inputs, channels) for inputs in in_channels])
-        self.fuse = conv_bn_relu(5 * channels, 5 * channels)
+        self.branches = nn.ModuleList([conv_block(inputs, channels) for inputs in in_channels])
+        self.fuse = conv_block(5 * channels, 5 * channels)
 
     def forward(self, *maps: Tensor) -> Tensor:
         finer = [F.max_pool2d(x, 2 ** (self.stage - k)) for k, x in enumerate(maps[: self.stage - 1], start=1)]
@@ -63,26 +64,27 @@ class UNet3Plus(SegmentationModule):
     """UNet 3+: full-scale skip connections, deep supervision, a hybrid loss, and a class-guided module if wanted.
 
     Args:
-        num_classes: output channels.
-        base_channels: width of the first level, doubled at each of the four below; each map gives as much to a decoder
-            stage; 64 in the paper.
-        deep_supervision: train an output of every scale; those of the four coarser ones are not computed in evaluation.
-        class_guidance: build the classification-guided module. The paper has one organ and two outputs at the bottom,
-            for an image without and with it, whose argmax, 0 or 1, multiplies the probability map. Here every class
-            has such a pair, and one class is the paper's module.
-        hybrid_loss: the sum of focal, MS-SSIM and IoU loss of every output. ``class_weights`` and a batch's ``weight``
-            then weigh the focal loss. False, or an injected ``loss``: that loss alone, of every output.
+        num_classes: number of output channels.
+        base_channels: width of the first level, doubled at each of the four levels below, and the number of channels
+            that each map gives to a decoder stage; 64 in the paper.
+        deep_supervision: train an output at every scale; evaluation computes the finest one alone.
+        class_guidance: build the classification-guided module. In the paper two outputs at the bottom tell whether an
+            image has the organ, and their argmax, 0 or 1, multiplies the probability map. Here every class has such a
+            pair of outputs; with one class this is the paper's module.
+        hybrid_loss: train with the sum of focal, MS-SSIM and IoU loss of every output; ``class_weights`` and a batch's
+            ``pixel_weight`` then weigh the focal loss. False, or an injected ``loss``, trains with that loss alone.
         weights: a path, or None.
         **kwargs: see `SegmentationModule`.
 
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
-    Differs from the paper: sides that are no multiple of 16 are mirrored up to one. Several classes share a softmax.
-    The gate takes off a logit, as times 0 it would mean a probability of 0.5; where all classes are gated, the softmax
-    stays as it was. It works in evaluation only: argmax passes no gradient on, and a wrong gate would mislead the
+    Differs from the paper: images are mirrored until their sides are multiples of 16. Several classes share a softmax.
+    The gate subtracts from a logit, since a logit times 0 would mean a probability of 0.5; if all classes are gated,
+    the softmax stays as it was. It works in evaluation only: argmax has no gradient, and a wrong gate would mislead the
     decoder. MS-SSIM has its luminance term at the coarsest scale alone, as in Wang et al., and fewer scales on crops
-    below 176 pixels. The focal loss's gamma and the module's dropout are not given: 2, and 0.5 as in the authors' code.
+    below 176 pixels. The paper gives neither gamma of the focal loss (here 2) nor the module's dropout (here 0.5, as in
+    the authors' code).
 
     Raises:
         UserError: if `class_weights` are not one per class.
@@ -128,12 +130,17 @@ class UNet3Plus(SegmentationModule):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if weights is not None:
-            file = read_weights(weights, "UNet3Plus")
-            heads = ("classifier.", "sides.", "guidance.")
-            load_weights(self, file.state, file.source, heads, optional=("sides.", "guidance."))
+            load_file(self, weights, ("classifier.", "sides.", "guidance."), optional=("sides.", "guidance."))
 
-    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
-        """The network of Figure 1: ``main``, and in training ``side2`` to ``side5`` and ``guidance`` ``(N, 2 K)``."""
+    compiled = "network"
+
+    def network(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Run the network of Figure 1.
+
+        Returns:
+            the score maps ``main`` and, in training, ``side2`` to ``side5``; and the scores of the classes' absence,
+            then of their presence, ``(N, 2 K)``, or None without the classification-guided module.
+        """
         height, width = image.shape[-2:]
         x1 = self.down1(mirror(image, 0, -height % 16, 0, -width % 16))  # (N, 64, H, W), multiples of 16 from here on
         x2 = self.down2(self.pool(x1))  # (N, 128, H/2, W/2)
@@ -149,19 +156,20 @@ class UNet3Plus(SegmentationModule):
             for level, (side, x) in enumerate(zip(self.sides, (d2, d3, d4, x5), strict=False), start=1):
                 maps[f"side{level + 1}"] = upsample(side(x), 2**level)
         maps = {name: scores[..., :height, :width] for name, scores in maps.items()}
-        if self.guidance is not None:
-            pairs = self.guidance(x5)
-            if self.training:
-                return maps | {"guidance": pairs}
+        return maps, None if self.guidance is None else self.guidance(x5)
+
+    def score_maps(self, image: Tensor) -> dict[str, Tensor]:
+        """Run the network; in evaluation the classification-guided module gates the classes that it finds absent."""
+        maps, pairs = self.network(image)
+        if pairs is not None and not self.training:
             absent = 1 - pairs.unflatten(1, (2, -1)).argmax(dim=1)  # (N, K)
             maps["main"] = maps["main"] - ABSENT * absent[:, :, None, None]
         return maps
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss of every output, in three terms if hybrid, and that of the classification-guided module."""
-        maps = self.score_maps(self.preprocess(batch["image"]))
+        """Return the loss of every output, in three terms if hybrid, and that of the classification-guided module."""
+        maps, pairs = self.network(self.preprocess(batch["image"]))
         terms: dict[str, Tensor] = {}
-        pairs = maps.pop("guidance", None)
         for name, scores in maps.items():
             if self.hybrid_loss:
                 hybrid = self.hybrid(scores, batch["mask"], batch.get("pixel_weight"))
@@ -172,40 +180,41 @@ class UNet3Plus(SegmentationModule):
             terms["guidance"] = guidance_loss(pairs, batch["mask"])
         return terms
 
-    def hybrid(self, scores: Tensor, mask: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """The hybrid loss: of pixels, of patches and of the whole map."""
+    def hybrid(self, scores: Tensor, mask: Tensor, pixel_weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the three terms of the hybrid loss, which look at pixels, at patches and at the whole map."""
         logits = resize(scores, mask.shape[-2:])
-        pixels = self.loss.weight(mask)  # type: ignore[operator]  # (N, H, W), 0 where ignored
+        weight = self.loss.weight_of(mask)  # type: ignore[operator]  # (N, H, W), 0 where ignored
+        weight = weight if pixel_weight is None else weight * pixel_weight
         probs, target, labelled = self.probabilities(logits), one_hot(mask, self.num_classes), mask[:, None] != IGNORE
         return {
-            "focal": focal_loss(logits, mask, pixels if weight is None else pixels * weight),
+            "focal": focal_loss(logits, mask, weight),
             "ms_ssim": ms_ssim_loss(probs, target, labelled),
             "iou": iou_loss(probs, target, labelled),
         }
 
     def evaluation_loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """The loss of the full-resolution output."""
+        """Return the loss of the full-resolution output."""
         terms = self.hybrid(logits, mask).values() if self.hybrid_loss else [super().evaluation_loss(logits, mask)]
         return torch.stack(list(terms)).sum()
 
     def new_layers(self) -> list[nn.Module]:
-        """The outputs of all scales and the classification-guided module."""
+        """Return the outputs of all scales and the classification-guided module."""
         return [self.classifier, self.sides, *([] if self.guidance is None else [self.guidance])]
 
 
 def upsample(x: Tensor, factor: int) -> Tensor:
-    """Bilinear interpolation to `factor` times the size, corners not aligned."""
+    """Interpolate to `factor` times the size: bilinear, corners not aligned."""
     return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def one_hot(mask: Tensor, num_classes: int) -> Tensor:
-    """``(N, H, W)`` to ``(N, K, H, W)`` of 0 and 1, all 0 where ignored; a single class is label 1."""
+    """Turn labels ``(N, H, W)`` into ``(N, K, H, W)`` of 0 and 1, all 0 where ignored; a single class is label 1."""
     classes = torch.arange(num_classes, device=mask.device) if num_classes > 1 else mask.new_ones(1)
     return (mask[:, None] == classes[:, None, None]).float()
 
 
 def focal_loss(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy times (1 - p) ** gamma, p the true class's probability: the weighted mean over pixels."""
+    """Return the weighted mean of cross-entropy times (1 - p) ** gamma, where p is the true class's probability."""
     logits, label = logits.float(), mask.masked_fill(mask == IGNORE, 0)
     if logits.shape[1] == 1:
         entropy = F.binary_cross_entropy_with_logits(logits[:, 0], label.float(), reduction="none")
@@ -216,10 +225,10 @@ def focal_loss(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def ms_ssim_loss(probs: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
-    """1 - MS-SSIM, the mean over images and classes; labelled is bool ``(N, 1, H, W)``.
+    """Return 1 - MS-SSIM, the mean over images and classes; labelled is bool ``(N, 1, H, W)``.
 
-    Means and variances of a window, and of the 2x2 pixels that the next scale makes one, are of labelled pixels only,
-    and a window counts by their share of it: an ignored pixel is as one outside the image.
+    Ignored pixels count like pixels outside the image: windows, and the 2x2 pixels that become one at the next scale,
+    take means and variances over labelled pixels only, and a window counts by its share of labelled pixels.
     """
     p, g, share = probs, target, labelled.to(probs.dtype)  # (N, K, H, W) twice, (N, 1, H, W)
     missing = [max(0, len(WINDOW) - side) for side in p.shape[-2:]]
@@ -242,7 +251,7 @@ def ms_ssim_loss(probs: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
 
 
 def blur(x: Tensor) -> Tensor:
-    """Gaussian mean of every whole window; in plain sums, as TF32 and autocast round convolutions coarser than C2."""
+    """Return the Gaussian mean of every whole window, by plain sums: TF32 and autocast round too coarsely for C2."""
     for dim in (-2, -1):
         length = x.shape[dim] - len(WINDOW) + 1
         x = sum(value * x.narrow(dim, start, length) for start, value in enumerate(WINDOW))  # type: ignore[assignment]
@@ -250,7 +259,7 @@ def blur(x: Tensor) -> Tensor:
 
 
 def iou_loss(probs: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
-    """1 - intersection / union of probability and target, the mean over the classes that occur in each image."""
+    """Return 1 - intersection / union of probability and target, the mean over the classes in each image."""
     intersection = (probs * target).sum(dim=(-2, -1))  # (N, K)
     union = (probs * labelled + target).sum(dim=(-2, -1)) - intersection
     occurs = target.amax(dim=(-2, -1))
@@ -258,13 +267,13 @@ def iou_loss(probs: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
 
 
 def guidance_loss(pairs: Tensor, mask: Tensor) -> Tensor:
-    """Binary cross-entropy of every class's two scores, absent and present, with the labels found in each image."""
+    """Return the binary cross-entropy of every class's two scores, absent and present, with each image's labels."""
     present = one_hot(mask, pairs.shape[1] // 2).amax(dim=(-2, -1))  # (N, K)
     entropy = F.binary_cross_entropy_with_logits(pairs.float(), torch.cat([1 - present, present], 1), reduction="none")
     return mean_of_labelled(entropy, mask != IGNORE)
 
 
 def mean_of_labelled(loss: Tensor, labelled: Tensor) -> Tensor:
-    """Mean of ``(N, K)`` over the images that have a label at all."""
+    """Return the mean of ``(N, K)`` over the images that have a label at all."""
     counts = labelled.flatten(1).any(dim=1).float()  # (N,)
     return (loss.mean(dim=1) * counts).sum() / counts.sum().clamp(min=1)

@@ -1,7 +1,7 @@
-"""ONNX and torch.export: the command ``lightning export``.
+"""The command ``lightning export``: a trained network as a file of ONNX or torch.export.
 
-The exported graph takes pixels as they are stored and gives probabilities, so that whoever runs it needs neither mean
-and std nor this package; what the classes are called and how they are drawn stands in the file's metadata.
+The exported graph takes pixels as they are stored and gives probabilities, so its user needs neither mean and std nor
+this package. The file's metadata hold the names and colours of the classes.
 """
 
 import json
@@ -11,24 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..base import SegmentationModule
-from ..checkpoints import load_trained
+from ..checkpoints import identity, load_trained
 from ..errors import UserError
 
-LEAST = 32  # pixels: the shortest side of an image that a graph for any size takes
-TOLERANCE = 1e-4  # of probabilities
-IMAGES = 5  # per shape, that a network that unpools is tried on; see `compare`
+LEAST = 32  # pixels, the shortest side of an image that a graph for any size accepts
+TOLERANCE = 1e-4  # between probabilities
+IMAGES = 5  # per shape, for a network that unpools; see `compare`
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 
 
 class Predictor(nn.Module):
-    """Preprocessing, network and softmax in one.
+    """Preprocessing, network and softmax in one module.
 
     Shape:
         image ``(N, C, H, W)`` as stored -> probs ``(N, num_classes, H, W)`` float32.
@@ -42,28 +44,34 @@ class Predictor(nn.Module):
         return self.network.probabilities(self.network(self.network.preprocess(image)))
 
 
-def export_network(
-    network: SegmentationModule,
-    checkpoint: str,
-    format: str,
-    output: str | None,
-    size: int | Sequence[int] | None,
-    dtype: str,
+def export(
+    trainer: L.Trainer,
+    model: SegmentationModule,
+    ckpt_path: str | None = None,
+    format: str = "onnx",
+    output: str | None = None,
+    size: int | list[int] | None = None,
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8",
 ) -> None:
-    """Write a trained network to a file, read the file back, compare it with PyTorch, and print what it is.
+    """Write a trained network to a file that runs without this package: stored pixels in, probabilities out.
+
+    The command reads the file back and compares its probabilities with PyTorch's.
 
     Args:
-        network: as the checkpoint's.
-        checkpoint: its weights, class names and palette.
-        format: ``onnx`` or ``torch_export``.
-        output: file; None puts it beside the checkpoint.
-        size: the only size of image that the graph takes, a side or height and width; None is any size.
-        dtype: of the stored pixels: ``uint8``, ``uint16`` or ``float32``.
+        trainer: not needed; LightningCLI calls commands as methods of a trainer.
+        model: the network; by default the checkpoint's own.
+        ckpt_path: its weights, class names and palette.
+        format: onnx, or torch_export for a program of torch.export.
+        output: the file; by default beside the checkpoint.
+        size: the only size of image that the file accepts, a side in pixels or [height, width]; by default any size.
+        dtype: type of the stored pixels.
 
     Raises:
-        UserError: if the format is unknown, a package is missing, the size is not one or two sides, the checkpoint has
-            no weights, or the file does not give PyTorch's probabilities.
+        UserError: if no checkpoint is given or it has no weights, the format is unknown, a package is missing, the size
+            is not one or two sides, or the file does not give PyTorch's probabilities.
     """
+    if ckpt_path is None:
+        raise UserError("export needs a trained network: give --ckpt_path")
     if format not in SUFFIXES:
         raise UserError(f"--format is {' or '.join(SUFFIXES)}, got {format}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and find_spec(name) is None]
@@ -75,18 +83,33 @@ def export_network(
     sides = [size, size] if isinstance(size, int) else list(size or ())
     if len(sides) not in (0, 2) or min(sides, default=1) < 1:
         raise UserError(f"--size is one side, or height and width as [360, 480], got {size}")
-    load_trained(network, checkpoint)
-    network.channels_last = False  # else the order of the memory would depend on the size
-    predictor = Predictor(network.cpu().eval())
-
-    path = Path(output) if output else Path(checkpoint).with_suffix(SUFFIXES[format])
+    load_trained(model, ckpt_path)
+    model.channels_last = False  # else the order of the memory would depend on the size
+    path = Path(output) if output else Path(ckpt_path).with_suffix(SUFFIXES[format])
     path.parent.mkdir(parents=True, exist_ok=True)
+    write(Predictor(model.cpu().eval()), format, path, sides, dtype)
+
+
+def write(predictor: Predictor, format: str, path: Path, sides: Sequence[int], dtype: str) -> None:
+    """Write a file, read it back, compare it with PyTorch, and print what it is; remove it if it differs.
+
+    Args:
+        predictor: the network, in evaluation.
+        format: ``onnx`` or ``torch_export``.
+        path: the file.
+        sides: height and width of the only image that the file accepts; empty for any size.
+        dtype: type of the stored pixels.
+
+    Raises:
+        UserError: if the file does not give PyTorch's probabilities.
+    """
+    network = predictor.network
     with silence():
         program = capture(predictor, pixels(network, dtype, [2, *(sides or (250, 267))]), fixed=bool(sides))
-        write, read = (write_onnx, read_onnx) if format == "onnx" else (write_torch, read_torch)
-        kind = write(program, metadata(network, sides, dtype), path)
+        save, read = (write_onnx, read_onnx) if format == "onnx" else (write_torch, read_torch)
+        kind = save(program, metadata(network, sides, dtype), path)
         try:
-            shapes, exported = tried(sides), read(path)
+            shapes, exported = shapes_to_try(sides), read(path)
             unpools = any(n.target is torch.ops.aten.max_pool2d_with_indices.default for n in program.graph.nodes)
             images = IMAGES if unpools else 1
             difference = max(compare(predictor, exported, dtype, shape, images) for shape in shapes)
@@ -112,31 +135,23 @@ def export_network(
 
 
 def metadata(network: SegmentationModule, sides: Sequence[int], dtype: str) -> dict[str, str]:
-    """What stands in the file beside the graph, each value as JSON; ``size`` is null where the graph takes any."""
+    """Return the metadata of the file, each value as JSON; ``size`` is null if the graph accepts any size."""
     values = {
-        "class_path": network.class_path,
-        "init_args": network.init_args,
-        "class_names": network.class_names,
-        "palette": network.palette,
-        "mean": network.mean.flatten().tolist(),
-        "std": network.std.flatten().tolist(),
-        "in_channels": network.in_channels,
-        "dtype": dtype,
-        "size": list(sides) or None,
-    }
+        **identity(network), "in_channels": network.in_channels, "dtype": dtype, "size": list(sides) or None
+    }  # fmt: skip
     return {key: json.dumps(value) for key, value in values.items()}
 
 
 def capture(predictor: Predictor, image: Tensor, fixed: bool) -> ExportedProgram:
-    """The graph of a predictor, for any batch, and for any size of image unless that is fixed.
+    """Return the graph of a predictor, for any batch and, unless `fixed`, any size of image.
 
     Args:
-        predictor: in evaluation.
+        predictor: the network, in evaluation.
         image: an example.
-        fixed: whether the graph is for the example's height and width alone.
+        fixed: whether the graph accepts the example's height and width alone.
     """
     dims = {0: Dim("batch")} if fixed else {0: Dim("batch"), 2: Dim("height", min=LEAST), 3: Dim("width", min=LEAST)}
-    # As torch.onnx.export does it: a batch of 1, or a map of 1 pixel, is not another graph.
+    # As in torch.onnx.export: a batch of 1, or a map of 1 pixel, does not need another graph.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(
             predictor,
@@ -144,7 +159,7 @@ def capture(predictor: Predictor, image: Tensor, fixed: bool) -> ExportedProgram
             dynamic_shapes={"image": dims},
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    # What is asserted of sizes is about views and copies, which give the same numbers; `compare` tells.
+    # The assertions on sizes distinguish views from copies, which give the same numbers; `compare` checks the numbers.
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
             program.graph.erase_node(node)
@@ -154,7 +169,7 @@ def capture(predictor: Predictor, image: Tensor, fixed: bool) -> ExportedProgram
 
 
 def write_onnx(program: ExportedProgram, about: dict[str, str], path: Path) -> str:
-    """Write an ONNX file, and say which opset it needs."""
+    """Write an ONNX file, and return its format with the opset that it needs."""
     exported = torch.onnx.export(
         program, dynamo=True, input_names=["image"], output_names=["probs"], verbose=False, external_data=False
     )
@@ -173,7 +188,7 @@ def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def write_torch(program: ExportedProgram, about: dict[str, str], path: Path) -> str:
-    """Write a torch.export file, with the metadata as its extra files, and say which version it is of."""
+    """Write a torch.export file with the metadata as extra files, and return its format with the version of torch."""
     torch.export.save(program, path, extra_files=about)
     return f"torch.export of torch {torch.__version__}"
 
@@ -183,8 +198,8 @@ def read_torch(path: Path) -> Callable[[Tensor], Tensor]:
     return torch.export.load(path).module()
 
 
-def tried(sides: Sequence[int]) -> list[list[int]]:
-    """The (batch, height, width) that a file is tried on: the smallest, and others by chance, of odd sides too."""
+def shapes_to_try(sides: Sequence[int]) -> list[list[int]]:
+    """Return the shapes (batch, height, width) for the comparison: the smallest, and random ones with odd sides too."""
     rng = np.random.default_rng(0)
     if sides:
         return [[batch, *sides] for batch in (1, 3)]
@@ -192,7 +207,7 @@ def tried(sides: Sequence[int]) -> list[list[int]]:
 
 
 def pixels(network: SegmentationModule, dtype: str, shape: Sequence[int], seed: int = 0) -> Tensor:
-    """Noise of a stored type: shape (batch, height, width) -> ``(batch, in_channels, height, width)``."""
+    """Return noise of a stored type: shape (batch, height, width) -> ``(batch, in_channels, height, width)``."""
     batch, height, width = shape
     noise = np.random.default_rng(seed).random((batch, network.in_channels, height, width), dtype=np.float32)
     full = 1 if dtype == "float32" else np.iinfo(dtype).max
@@ -202,16 +217,16 @@ def pixels(network: SegmentationModule, dtype: str, shape: Sequence[int], seed: 
 def compare(
     predictor: Predictor, exported: Callable[[Tensor], Tensor], dtype: str, shape: Sequence[int], images: int
 ) -> float:
-    """The largest difference of two functions' probabilities on an image of a shape; inf for nan.
+    """Return the largest difference between two functions' probabilities on images of one shape; inf for nan.
 
     Args:
-        predictor: one function.
-        exported: the other.
-        dtype: of the pixels.
-        shape: of the image: batch, height, width.
-        images: how many are looked at until one is the same. Where two maxima of a pooling are equal but for rounding,
-            a network that unpools (SegNet, DeconvNet) may put the value in another place; a wrong graph is wrong on
-            all images.
+        predictor: the network in PyTorch.
+        exported: the function of the file.
+        dtype: type of the pixels.
+        shape: batch, height and width.
+        images: how many images to try until one gives the same probabilities. If two maxima of a pooling differ by
+            rounding alone, a network that unpools (SegNet, DeconvNet) may put the value in another place. A wrong
+            graph is wrong on all images.
     """
     differences = []
     for seed in range(images):
@@ -226,7 +241,7 @@ def compare(
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep what the exporters say about themselves off the terminal."""
+    """Hide the messages of the exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

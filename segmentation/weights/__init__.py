@@ -1,10 +1,12 @@
-"""Reads weights, ours, torchvision's and those that other projects published, and fits them into a network.
+"""Reads weights: ours, torchvision's, and files that other projects published. Fits them into a network.
 
-A published file is recognised by its keys, which are brought to ours (published.py). What its arithmetic needs and
-its shapes do not tell comes along as arguments, which the architecture takes where its user gave none.
+A published file is recognised by its keys (published.py). What its shapes do not reveal, such as aligned corners, turns
+into constructor arguments before the network is built; see `arguments_from_weights`.
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from ..errors import UserError
-from .published import LAYOUTS, State
+from .published import IMAGENET, LAYOUTS, State
+
+NEW = "keeps its random initialisation"
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,70 @@ class Weights:
     """A file's tensors under our names.
 
     Args:
-        source: the file, and the project that it was recognised as; for messages.
+        source: the file, and the project whose layout it has; for messages.
         state: names and tensors.
-        arguments: what the architecture must be told so that equal weights give equal logits.
+        arguments: constructor arguments without which equal weights give other logits.
+        defaults: constructor arguments that the user may change.
+        pixels: how the images were scaled, where this differs from torchvision's way.
     """
 
     source: str = ""
     state: State = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    pixels: str = ""
+
+
+def arguments_from_weights(init: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a constructor: the file in ``weights`` settles the arguments that its user left at None.
+
+    This happens before the network is built, so the constructor's code does not look into files, and a checkpoint
+    stores the settled arguments.
+
+    Raises:
+        UserError: from the constructor, if an argument contradicts the file.
+    """
+    network, signature = init.__qualname__.partition(".")[0], inspect.signature(init)
+    left_open = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+
+    @functools.wraps(init)
+    def settled(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        weights = given.arguments.get("weights")
+        if weights == "imagenet":
+            file = Weights(weights, arguments=IMAGENET.get(network, {}))
+        else:
+            file = Weights() if weights in (None, "coco") else read_weights(weights, network)
+        given.arguments.update({k: v for k, v in settle(given.arguments, file).items() if k in left_open})
+        init(*given.args, **given.kwargs)
+
+    return settled
+
+
+def settle(given: Mapping[str, Any], file: Weights) -> dict[str, Any]:
+    """Return the constructor arguments that a file settles: those that the user left at None.
+
+    Args:
+        given: the user's arguments by name.
+        file: as `read_weights` gives it.
+
+    Raises:
+        UserError: if one of the user's arguments contradicts the file.
+    """
+    for name, value in file.arguments.items():
+        if given.get(name) not in (None, value):
+            raise UserError(
+                f"weights: {file.source} needs {name}: {value}, but the model has {name}: {given[name]}: leave "
+                f"model.{name} out"
+            )
+    return {name: value for name, value in {**file.defaults, **file.arguments}.items() if given.get(name) is None}
 
 
 def read_weights(path: str, network: str) -> Weights:
-    """Read a file of weights for an architecture.
+    """Read a file of weights for an architecture, under our names.
 
-    Wrappers (``state_dict``, ``model_state``, ...) and prefixes (``module.``, ``model.``, ``_orig_mod.``) are seen
-    through. Only tensors, plain types and the NumPy scalars that old checkpoints carry are unpickled.
+    Wrappers (``state_dict``, ``model_state``, ...) and prefixes (``module.``, ``model.``, ``_orig_mod.``) are taken
+    off. Only tensors, plain types and the NumPy scalars of old checkpoints are unpickled.
 
     Args:
         path: the file.
@@ -70,7 +123,7 @@ def read_weights(path: str, network: str) -> Weights:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if saved is not None:
-        return Weights(path, state, saved["init_args"])
+        return Weights(path, state, defaults=saved["init_args"])
     layout = next((layout for layout in LAYOUTS if layout.matches(state)), None)
     if layout is None:
         return Weights(path, state)
@@ -79,13 +132,12 @@ def read_weights(path: str, network: str) -> Weights:
             f"weights: {path} is a file of {layout.project} for {layout.network}, but the model is {network}"
         )
     renamed = {new: value for key, value in state.items() if (new := layout.rename(key)) is not None}
-    if layout.pixels:
-        rank_zero_info(f"weights of {layout.project} were trained on {layout.pixels}")
-    return Weights(f"{path} ({layout.project})", renamed, layout.arguments(state))
+    source = f"{path} ({layout.project})"
+    return Weights(source, renamed, layout.arguments(state), layout.defaults(state), layout.pixels)
 
 
 def numpy_scalars() -> list[Any]:
-    """What a NumPy scalar beside the weights (``best_pred``, ``best_score``) is made of, under old and new names."""
+    """Return the types of which pickle builds a NumPy scalar (``best_pred`` beside the weights), old names too."""
     names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
     scalar = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")]
@@ -96,7 +148,7 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
     """Fetch one of torchvision's published state dicts, from its cache or the network.
 
     Raises:
-        UserError: without a network; the message says where the file can be put by hand.
+        UserError: if the network is down; the message says where to put the file by hand.
     """
     try:
         return dict(weights.get_state_dict(progress=True, check_hash=True))
@@ -108,22 +160,38 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
         ) from error
 
 
-def load_weights(
-    network: nn.Module, state: State, source: str, heads: Sequence[str] = (), optional: Sequence[str] = ()
-) -> None:
-    """Copy a state dict into a network in place.
+def load_file(network: nn.Module, path: str, new_layers: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
+    """Read a file of weights and copy it into a network; see `read_weights` and `load_weights`.
 
-    A first convolution of other than three channels is inflated from RGB: the sum over red, green and blue for one
-    channel, else the three repeated and scaled by 3 / channels, so that equal inputs give equal responses.
+    Args:
+        network: a `SegmentationModule`.
+        path: the file.
+        new_layers: see `load_weights`.
+        optional: see `load_weights`.
+    """
+    file = read_weights(path, type(network).__name__)
+    if file.pixels:
+        rank_zero_info(f"weights of {file.source} were trained on {file.pixels}")
+    load_weights(network, file.state, file.source, new_layers, optional)
+
+
+def load_weights(
+    network: nn.Module, state: State, source: str, new_layers: Sequence[str] = (), optional: Sequence[str] = ()
+) -> None:
+    """Copy a state dict into a network in place, and print one line about every layer that is not copied as it is.
+
+    A first convolution for other than three channels is inflated from RGB: for one channel it is the sum over red,
+    green and blue; otherwise the three are repeated and scaled by 3 / channels, so that equal inputs give equal
+    responses.
 
     Args:
         network: receives the weights.
-        state: names and tensors; batch norm's ``num_batches_tracked`` may be absent, as in old files.
-        source: where they come from, for messages.
-        heads: beginnings of the keys whose first axis is the classes. Of another class count, such a layer stays
-            fresh, and this is said.
-        optional: beginnings of the keys of modules that a network may have or not, as an auxiliary head. One that
-            only the file has is dropped, one that only the network has stays fresh, and either is said.
+        state: names and tensors; batch norm's ``num_batches_tracked`` may be missing, as in old files.
+        source: where the weights come from, for messages.
+        new_layers: beginnings of the keys of layers with one output per class. With another number of classes such a
+            layer keeps its random initialisation.
+        optional: beginnings of the keys of modules that a network may lack, such as an auxiliary head. If only the
+            file has the module, it is dropped; if only the network has it, it keeps its random initialisation.
 
     Raises:
         UserError: if any other key is missing, unknown or of another shape; the message lists them.
@@ -140,24 +208,23 @@ def load_weights(
     fit = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     left = [key for key in {**state, **own} if key not in fit]
     left = [key for key in left if key not in ("mean", "std") and not key.endswith("num_batches_tracked")]
-    for prefix in heads:
+    for prefix in new_layers:
         keys = [key for key in left if key.startswith(prefix) and key in state and key in own]
         if keys and all(state[key].shape[1:] == own[key].shape[1:] for key in keys):
             counts = len(state[keys[0]]), len(own[keys[0]])
-            said.append(f"{prefix} left fresh, it has {counts[0]} outputs in the file and {counts[1]} here")
+            said.append(f"{prefix} {NEW}, as it has {counts[0]} outputs in the file and {counts[1]} here")
             left = [key for key in left if key not in keys]
     for prefix in optional:
         keys = [key for key in left if key.startswith(prefix)]
-        for there, here, what in ((state, own, "dropped, this network has none"), (own, state, "left fresh")):
-            if keys and not any(key.startswith(prefix) for key in here):
-                said.append(f"{prefix} {what}" + (", the file has none" if there is own else ""))
-                left = [key for key in left if key not in keys]
+        in_file, in_network = (any(key.startswith(prefix) for key in names) for names in (state, own))
+        if keys and in_file != in_network:
+            said.append(
+                f"{prefix} " + ("dropped, as this network has none" if in_file else f"{NEW}, as the file has none")
+            )
+            left = [key for key in left if key not in keys]
     if left:
-        lines = [
-            f"{key}: {tuple(state[key].shape) if key in state else 'absent'} in the file, "
-            f"{tuple(own[key].shape) if key in own else 'absent'} in the network"
-            for key in left
-        ]
+        shapes = [[tuple(names[key].shape) if key in names else "absent" for names in (state, own)] for key in left]
+        lines = [f"{key}: {s[0]} in the file, {s[1]} in the network" for key, s in zip(left, shapes, strict=True)]
         more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise UserError(f"the weights of {source} do not fit: " + "; ".join(lines[:8]) + more)
     network.load_state_dict(fit, strict=False)
@@ -166,7 +233,7 @@ def load_weights(
 
 
 def inflate(weight: Tensor, channels: int) -> Tensor:
-    """Turn a convolution's RGB weights into those of other input channels.
+    """Turn a convolution's RGB weights into weights for another number of input channels.
 
     Shape:
         ``(out, 3, h, w)`` -> ``(out, channels, h, w)``.

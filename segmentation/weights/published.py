@@ -1,8 +1,12 @@
-"""How other projects name and compute the networks whose weights they published, and how their names become ours."""
+"""Other projects' published weights: how their files are recognised, renamed, and computed.
+
+`LAYOUTS` has a row per project and network: how to recognise a file, our name of each key, and the constructor
+arguments that make our network compute what theirs does. `PORTS` says how the DeepLab v3+ of each project differs.
+"""
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +24,12 @@ class Layout:
 
     Args:
         project: owner and name of the repository.
-        network: our class of the same network; a network that is none of ours is named with what sets it apart.
-        marks: regular expressions; a file is in this layout if each matches the beginning of some key.
-        rename: their key to ours, or to None for a tensor that their network keeps and never uses.
-        arguments: what our class must be told so that equal weights give equal logits, from the state dict.
-        pixels: what the images were scaled to, where it is not torchvision's RGB, mean and std.
+        network: our class of the same network, or a description of a network that we do not have.
+        marks: regular expressions; a file has this layout if each of them matches the beginning of some key.
+        rename: turns their key into ours, or into None for a tensor that their network stores and never uses.
+        arguments: constructor arguments that our class needs for equal logits; computed from the state dict.
+        defaults: constructor arguments that their network had in training, and that the user may change.
+        pixels: how their images were scaled, where this differs from torchvision's RGB, mean and std.
     """
 
     project: str
@@ -32,15 +37,16 @@ class Layout:
     marks: tuple[str, ...]
     rename: Callable[[str], str | None] = str
     arguments: Callable[[State], dict[str, Any]] = lambda state: {}
+    defaults: Callable[[State], dict[str, Any]] = lambda state: {}
     pixels: str = ""
 
     def matches(self, state: State) -> bool:
-        """Whether a file is in this layout."""
+        """Return whether a file has this layout."""
         return all(any(re.match(mark, key) for key in state) for mark in self.marks)
 
 
 def kazuto1011(key: str) -> str:
-    """``layer3.block2.conv3x3.bn`` is ``layer2.1.bn2``; with multi-scale input, all begin with ``base.``."""
+    """Rename ``layer3.block2.conv3x3.bn`` to ``layer2.1.bn2``; with multi-scale input, keys begin with ``base.``."""
     key = key.removeprefix("base.")
     key = re.sub(r"^layer1\.conv1\.(conv|bn)\.", r"backbone.\g<1>1.", key)
     part = re.match(r"layer(\d)\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)", key)
@@ -55,7 +61,7 @@ def kazuto1011(key: str) -> str:
 
 
 def hszhao(key: str) -> str:
-    """``layer0`` is the deep stem, whose last batch norm has a name of its own here; ``cls`` and ``aux`` are heads."""
+    """Rename ``layer0``, the deep stem, to ``conv1`` and ``bn1``, and the classifiers ``cls`` and ``aux``."""
     key = re.sub(r"^layer0\.7\.", "backbone.bn1.", key)
     key = re.sub(r"^layer0\.(\d)\.", r"backbone.conv1.\1.", key)
     key = re.sub(r"^layer(\d)\.", r"backbone.layer\1.", key)
@@ -64,7 +70,7 @@ def hszhao(key: str) -> str:
 
 
 def jfzhang95(key: str) -> str | None:
-    """ASPP and decoder, and the names inside Xception's units and MobileNet's blocks."""
+    """Rename ASPP and decoder, which are the same over every backbone."""
     if key.startswith(("backbone.low_level_features.", "backbone.high_level_features.")):
         return None  # the same tensors stand under features
     key = re.sub(r"^aspp\.aspp(\d)\.(atrous_conv|bn)\.", lambda m: f"aspp.convs.{int(m[1]) - 1}.{m[2] == 'bn':d}.", key)
@@ -77,7 +83,7 @@ def jfzhang95(key: str) -> str | None:
 
 
 def jfzhang95_xception(key: str) -> str | None:
-    """A unit is ``rep``: ReLU, separable convolution and norm three times over; block1 and 2 lack the first ReLU."""
+    """Rename a unit's ``rep``: three times ReLU, separable convolution and norm; block1 and 2 lack the first ReLU."""
     key = re.sub(r"^backbone\.(conv|bn)([12])\.", lambda m: f"backbone.conv{m[2]}.{m[1] == 'bn':d}.", key)
     key = re.sub(r"\.block([12])\.rep\.(\d)\.", lambda m: f".block{m[1]}.rep.{int(m[2]) + 1}.", key)
     key = re.sub(r"\.rep\.(\d)\.", lambda m: f".conv{int(m[1]) // 3 + 1}." + ("3." if int(m[1]) % 3 == 2 else ""), key)
@@ -92,7 +98,7 @@ def jfzhang95_xception(key: str) -> str | None:
 
 
 def jfzhang95_mobilenet(key: str) -> str | None:
-    """Torchvision groups convolution, norm and ReLU6; here they stand in one row."""
+    """Rename a block's layers: torchvision groups convolution, norm and ReLU6, this project lists them in one row."""
 
     def block(match: re.Match) -> str:
         index, place = int(match[1]), int(match[2]) + (3 if match[1] == "1" else 0)  # the first block does not expand
@@ -105,7 +111,7 @@ def jfzhang95_mobilenet(key: str) -> str | None:
 
 
 def vainf(key: str) -> str:
-    """The decoder is called the classifier; MobileNet is cut into low and high level features."""
+    """Rename the decoder, which they call classifier, and MobileNet, which they cut into low and high level."""
     key = re.sub(r"^backbone\.(low|high)_level_features\.", "backbone.features.", key)
     key = key.replace("classifier.project.", "decoder.reduce.").replace("classifier.aspp.", "aspp.")
     key = key.replace("classifier.classifier.3.", "classifier.")
@@ -113,7 +119,7 @@ def vainf(key: str) -> str:
 
 
 def wkentaro(key: str) -> str:
-    """Caffe's names, ``conv3_2`` for the second convolution of the third stage."""
+    """Rename Caffe's ``conv3_2``, the second convolution of the third stage."""
     key = re.sub(r"^conv(\d)_(\d)\.", lambda m: f"backbone.conv{m[1]}.{2 * (int(m[2]) - 1)}.", key)
     key = re.sub(r"^(fc[67])\.", r"backbone.\1.", key)
     key = re.sub(r"^upscore(16|8)?\.", "classifier.upscore.", key)
@@ -121,7 +127,7 @@ def wkentaro(key: str) -> str:
 
 
 def milesial(key: str) -> str:
-    """``inc`` and ``down1`` to ``down4`` are the contracting path, ``up1`` is the lowest step of the expanding one."""
+    """Rename ``inc``, the first level of the contracting path, and ``up1``, the lowest of the expanding path."""
     key = key.replace("maxpool_conv.1.", "").replace("double_conv.", "")
     key = re.sub(r"^inc\.", "down1.", re.sub(r"^down(\d)\.", lambda m: f"down{int(m[1]) + 1}.", key))
     key = key.replace("down5.", "bottom.")
@@ -130,7 +136,7 @@ def milesial(key: str) -> str:
 
 
 def smp(key: str) -> str:
-    """``aspp.1`` and ``block2`` hold a separable convolution within, and its norm beside it."""
+    """Rename the separable convolutions of ``aspp.1`` and ``block2``, which keep their norm outside."""
     key = re.sub(r"^encoder\.", "backbone.", key)
     key = re.sub(r"^decoder\.block1\.", "decoder.reduce.", key)
     key = re.sub(r"^segmentation_head\.0\.", "classifier.", key)
@@ -143,12 +149,71 @@ def smp(key: str) -> str:
     return re.sub(r"^decoder\.block2\.1\.", "decoder.convs.0.2.", key)
 
 
+@dataclass(frozen=True)
+class Port:
+    """What a project's DeepLab v3+ computes that the shapes of its weights do not reveal. The defaults are the paper's.
+
+    Args:
+        align_corners: align the corners in both interpolations.
+        resnet: further arguments of `ResNet`; the paper's multi-grid is v3's, whose 77.21 is its start (Table 3).
+        xception: further arguments of `Xception65`.
+        mobilenet: further arguments of `MobileNetV2`.
+        xception_low_level: the map of Xception at stride 4 that the decoder joins.
+        separable: backbones for which ASPP and decoder have separable convolutions.
+        norm_inside: batch norm and ReLU inside separable convolutions too.
+        conv_after_aspp: a further 3x3 convolution after ASPP.
+        decoder_layers: number of 3x3 convolutions in the decoder.
+        low_level_first: the decoder puts the low-level features before ASPP's.
+    """
+
+    align_corners: bool = False
+    resnet: dict[str, Any] = field(default_factory=lambda: {"dilate_first_block": True, "multi_grid": (1, 2, 4)})
+    xception: dict[str, Any] = field(default_factory=dict)
+    mobilenet: dict[str, Any] = field(default_factory=dict)
+    xception_low_level: str = "block2_conv2"
+    separable: tuple[str, ...] = ("xception65",)
+    norm_inside: bool = True
+    conv_after_aspp: bool = False
+    decoder_layers: int = 2
+    low_level_first: bool = False
+
+
+PORTS = {
+    "paper": Port(),
+    "jfzhang95": Port(
+        align_corners=True,
+        # Its ReLU works in place, so the shortcuts carry relu(x).
+        xception={"relu_shortcut": True, "dilate_exit": False, "relu_in_exit": False},
+        mobilenet={"pad_block_input": True, "dilate_next_stage": True},
+        xception_low_level="block1",
+        separable=(),
+    ),
+    "VainF": Port(
+        resnet={},
+        mobilenet={"pad_block_input": True, "pad_stem": False},
+        xception_low_level="block1",
+        separable=(),
+        decoder_layers=1,
+        low_level_first=True,
+    ),
+    "smp": Port(
+        align_corners=True,
+        resnet={"dilate_first_block": True},
+        xception_low_level="block1",
+        separable=("resnet50", "resnet101"),
+        norm_inside=False,
+        conv_after_aspp=True,
+        decoder_layers=1,
+    ),
+}
+
 LAYOUTS = (
     Layout(
         "kazuto1011/deeplab-pytorch",
         "DeepLabV2",
         (r"(base\.)?layer1\.conv1\.conv", r"(base\.)?aspp\.c0"),
         kazuto1011,
+        lambda state: {"stride_in_1x1": True},
         lambda state: {"scales": [1.0, 0.75, 0.5] if any(key.startswith("base.") for key in state) else [1.0]},
         CAFFE_PIXELS,
     ),
@@ -194,7 +259,7 @@ LAYOUTS = (
         (r"inc\.double_conv", r"outc\.conv"),
         milesial,
         lambda state: {"up": "transposed" if "up1.up.weight" in state else "bilinear"},
-        "RGB from 0 to 1: model.mean: [0, 0, 0], model.std: [1, 1, 1]",
+        pixels="RGB from 0 to 1: model.mean: [0, 0, 0], model.std: [1, 1, 1]",
     ),
     Layout(
         "segmentation_models.pytorch",
@@ -210,3 +275,5 @@ LAYOUTS = (
     ),
     Layout("segmentation_models.pytorch", "a network of its own", (r"encoder\.", r"segmentation_head\.0")),
 )
+# What torchvision's ImageNet weights need, by our class.
+IMAGENET: dict[str, dict[str, Any]] = {"DeepLabV2": {"stride_in_1x1": False}}

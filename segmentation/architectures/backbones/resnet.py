@@ -11,17 +11,22 @@ from torchvision.models import ResNet50_Weights, ResNet101_Weights
 
 from ...errors import UserError
 from ...weights import download, load_weights
+from . import Backbone, conv_bn_relu
 
 
 class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions (He et al., section 4.1), with torchvision's key names.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions (section 4.1), with torchvision's key names.
 
     Args:
         in_channels: channels of the input.
-        channels: width of the 3x3 convolution; the output has four times as many.
-        stride: of the 3x3 convolution, or of the first 1x1 with `stride_in_1x1`.
-        dilation: of the 3x3 convolution.
-        stride_in_1x1: the original MSRA and Caffe form, which DeepLab v2's weights need.
+        channels: width of the 3x3 convolution; the output has four times as many channels.
+        stride: stride of the 3x3 convolution, or of the first 1x1 convolution with `stride_in_1x1`.
+        dilation: dilation of the 3x3 convolution.
+        stride_in_1x1: stride in the first 1x1 convolution, as in the original MSRA and Caffe networks. DeepLab v2's
+            published weights need it.
+
+    Shape:
+        ``(N, in_channels, h, w)`` -> ``(N, 4 * channels, h / stride, w / stride)``.
     """
 
     def __init__(
@@ -47,31 +52,30 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
-class ResNet(nn.Module):
-    """ResNet-50 or -101 whose last stages trade stride for dilation.
+class ResNet(Backbone):
+    """ResNet-50 or -101 (Table 1) whose last stages may replace stride by dilation.
 
-    K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385,
-    Table 1; key names and, by default, arithmetic are torchvision's.
+    Key names and, by default, arithmetic are torchvision's.
 
     Args:
         depth: 50 or 101.
         in_channels: channels of the image.
         base_channels: width of the first stage's 3x3 convolutions, 64 in the paper; all others scale with it.
-        output_stride: 32, 16 or 8: input pixels per pixel of the last feature map.
-        multi_grid: factors on the dilation of the last stage's three blocks (DeepLab v3, section 3.2.1), which
-            multiply the stage's own.
-        dilate_first_block: give the first block of a dilated stage the stage's dilation, as DeepLab v2 and PSPNet do;
-            torchvision keeps the previous stage's there.
-        deep_stem: three 3x3 convolutions of 64, 64 and 128 channels for the 7x7 one, as PSPNet does.
+        output_stride: input pixels per pixel of the last feature map: 32, 16 or 8.
+        multi_grid: factors on the dilations of the last stage's three blocks (DeepLab v3, section 3.2.1).
+        dilate_first_block: dilate the first block of a dilated stage like the others, as DeepLab v2 and PSPNet do.
+            Torchvision gives it the dilation of the previous stage.
+        deep_stem: begin with three 3x3 convolutions of 64, 64 and 128 channels instead of one 7x7 convolution, as
+            PSPNet does.
         stride_in_1x1: see `Bottleneck`.
-        ceil_mode: round the first pooling's size up, as Caffe does.
+        ceil_mode: round the size of the first pooling up, as Caffe does.
 
     Shape:
-        image ``(N, in_channels, H, W)`` -> features by stage: ``layer1`` (256 channels, stride 4), ``layer2`` (512, 8),
-        ``layer3`` (1024), ``layer4`` (2048, stride `output_stride`); ``channels`` has their widths.
+        image ``(N, in_channels, H, W)`` -> ``layer1`` (256 channels, stride 4), ``layer2`` (512, stride 8), ``layer3``
+        (1024), ``layer4`` (2048, stride `output_stride`).
 
     Raises:
-        UserError: for another depth, output stride, or other than three positive factors.
+        UserError: for another depth or output stride, or if `multi_grid` is not three positive factors.
     """
 
     blocks = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -95,8 +99,8 @@ class ResNet(nn.Module):
             raise UserError(f"depth is 50 or 101, output_stride 8, 16 or 32, got {depth} and {output_stride}")
         self.depth = depth
         if deep_stem:
-            first = self._conv_bn_relu(in_channels, base_channels, stride=2)
-            second = self._conv_bn_relu(base_channels, base_channels)
+            first = conv_bn_relu(in_channels, base_channels, 3, stride=2)
+            second = conv_bn_relu(base_channels, base_channels, 3)
             third = nn.Conv2d(base_channels, 2 * base_channels, 3, padding=1, bias=False)
             self.conv1: nn.Module = nn.Sequential(*first, *second, third)
         else:
@@ -124,11 +128,6 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @staticmethod
-    def _conv_bn_relu(in_channels: int, channels: int, stride: int = 1) -> list[nn.Module]:
-        conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = self.maxpool(F.relu(self.bn1(self.conv1(image))))  # (N, 64, H/4, W/4)
         features = {}
@@ -137,6 +136,6 @@ class ResNet(nn.Module):
         return features
 
     def load_imagenet(self) -> None:
-        """Load torchvision's weights (version 1, on which its segmentation networks were trained)."""
+        """Load torchvision's weights, version 1, from which its segmentation networks were trained."""
         weights = {50: ResNet50_Weights.IMAGENET1K_V1, 101: ResNet101_Weights.IMAGENET1K_V1}[self.depth]
         load_weights(self, download(weights), "ImageNet", optional=("fc.",))

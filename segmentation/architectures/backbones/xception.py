@@ -10,21 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserError
+from . import Backbone, conv_bn_relu
 
 
 class SeparableConv(nn.Sequential):
-    """A 3x3 convolution per channel, then a 1x1 across channels, each with batch norm and, if wanted, ReLU.
+    """A depthwise 3x3 convolution, one filter per channel, then a pointwise 1x1 convolution across channels.
 
     Args:
-        in_channels: of the depthwise convolution.
-        channels: of the pointwise convolution.
-        stride: of the depthwise convolution.
-        dilation: of the depthwise convolution.
-        relu: after either batch norm.
-        norm_inside: batch norm, and ReLU, between the two as well.
+        in_channels: channels of the input.
+        channels: channels of the output.
+        stride: stride of the depthwise convolution.
+        dilation: dilation of the depthwise convolution.
+        relu: add ReLU after each batch norm.
+        norm_inside: add batch norm, and ReLU, between the two convolutions too.
 
     Shape:
-        ``(N, in_channels, h, w)`` -> ``(N, channels, h, w)`` at stride 1, half of it rounded up at stride 2.
+        ``(N, in_channels, h, w)`` -> ``(N, channels, h / stride, w / stride)``, sizes rounded up.
     """
 
     def __init__(
@@ -51,20 +52,20 @@ class SeparableConv(nn.Sequential):
 
 
 class XceptionUnit(nn.Module):
-    """Three separable convolutions beside a shortcut, without max pooling (DeepLab v3+, Figure 4).
+    """Three separable convolutions with a shortcut around them, without max pooling (DeepLab v3+, Figure 4).
 
     Args:
         in_channels: channels of the input.
-        channels: of the three convolutions.
-        stride: of the last one, and of the shortcut.
-        dilations: of the three.
+        channels: channels of the three convolutions.
+        stride: stride of the third convolution and of the shortcut.
+        dilations: dilations of the three convolutions.
         shortcut: ``conv``, ``identity`` or None.
-        relu_inside: ReLU after every batch norm instead of once before each separable convolution.
-        relu_shortcut: the shortcut carries relu(x) instead of x.
+        relu_inside: put ReLU after every batch norm instead of once before each separable convolution.
+        relu_shortcut: let the shortcut carry relu(x) instead of x.
 
     Shape:
-        ``(N, in_channels, h, w)`` -> the output of the second convolution ``(N, channels[1], h, w)`` and that of the
-        unit ``(N, channels[2], h / stride, w / stride)``.
+        ``(N, in_channels, h, w)`` -> the output of the second convolution ``(N, channels[1], h, w)`` and the output of
+        the unit ``(N, channels[2], h / stride, w / stride)``.
     """
 
     def __init__(
@@ -96,24 +97,22 @@ class XceptionUnit(nn.Module):
         return second, third
 
 
-class Xception65(nn.Module):
-    """Modified aligned Xception: more middle units, and separable convolutions of stride 2 for all max poolings.
+class Xception65(Backbone):
+    """Modified aligned Xception (DeepLab v3+, arXiv 1802.02611, section 3.3 and Figure 4).
 
-    DeepLab v3+ (arXiv 1802.02611), section 3.3 and Figure 4, after F. Chollet, "Xception", CVPR 2017,
-    arXiv 1610.02357.
+    It has more middle units than Xception, and separable convolutions of stride 2 in place of all max poolings.
 
     Args:
         in_channels: channels of the image.
         base_channels: width of the second convolution, 64 in the paper; all others scale with it.
-        output_stride: 16, or 8 with dilation for the stride of the third entry unit.
-        jfzhang95: compute as the port in jfzhang95/pytorch-deeplab-xception does, whose weights need it: its in-place
-            ReLU also changes what the shortcuts carry, the exit flow has one ReLU before each separable convolution
-            and none inside, and the third convolution of its first unit is not dilated.
+        output_stride: 16, or 8 with dilation in place of the stride of the third entry unit.
+        relu_shortcut: see `XceptionUnit`. These three arguments are the paper's by default; a port differs in them.
+        dilate_exit: dilate the third convolution of the exit flow's first unit like the two before it.
+        relu_in_exit: put ReLU after every batch norm of the exit flow's last unit.
 
     Shape:
-        image ``(N, in_channels, H, W)`` -> features by name: ``block1`` (128 channels, stride 4, after ReLU),
-        ``block2_conv2`` (256, stride 4, the second convolution of the second entry unit), ``exit`` (2048, stride
-        `output_stride`); ``channels`` has their widths.
+        image ``(N, in_channels, H, W)`` -> ``block1`` (128 channels, stride 4, after ReLU), ``block2_conv2`` (256,
+        stride 4, from the second convolution of the second entry unit), ``exit`` (2048, stride `output_stride`).
 
     Differs from the paper: batch norm's epsilon is 1e-5 as in PyTorch; the released TensorFlow code has 1e-3.
 
@@ -122,34 +121,40 @@ class Xception65(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int = 3, base_channels: int = 64, output_stride: int = 16, jfzhang95: bool = False
+        self,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        output_stride: int = 16,
+        relu_shortcut: bool = False,
+        dilate_exit: bool = True,
+        relu_in_exit: bool = True,
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16):
             raise UserError(f"Xception-65 has output_stride 8 or 16, got {output_stride}")
-        rate = 16 // output_stride  # of all that follows the removed stride
+        rate = 16 // output_stride  # dilation of all that follows the removed stride
         c32, c64, c128, c256, c728, c1024, c1536, c2048 = (
             base_channels * width // 64 for width in (32, 64, 128, 256, 728, 1024, 1536, 2048)
         )
-        unit = partial(XceptionUnit, relu_shortcut=jfzhang95)
-        self.conv1 = nn.Sequential(*self._conv_bn_relu(in_channels, c32, stride=2))
-        self.conv2 = nn.Sequential(*self._conv_bn_relu(c32, c64))
+        unit = partial(XceptionUnit, relu_shortcut=relu_shortcut)
+        self.conv1 = nn.Sequential(*self._stem_conv(in_channels, c32, stride=2))
+        self.conv2 = nn.Sequential(*self._stem_conv(c32, c64, stride=1))
         self.block1 = unit(c64, (c128, c128, c128), stride=2, shortcut="conv")
         self.block2 = unit(c128, (c256, c256, c256), stride=2, shortcut="conv")
         self.block3 = unit(c256, (c728, c728, c728), stride=2 // rate, shortcut="conv")
         self.middle = nn.ModuleList([unit(c728, (c728, c728, c728), dilations=(rate,) * 3) for _ in range(16)])
-        dilations = (rate, rate, 1 if jfzhang95 else rate)
+        dilations = (rate, rate, rate if dilate_exit else 1)
         self.exit1 = unit(c728, (c728, c1024, c1024), dilations=dilations, shortcut="conv")
         self.exit2 = unit(
-            c1024, (c1536, c1536, c2048), dilations=(2 * rate,) * 3, shortcut=None, relu_inside=not jfzhang95
+            c1024, (c1536, c1536, c2048), dilations=(2 * rate,) * 3, shortcut=None, relu_inside=relu_in_exit
         )
         self.channels = {"block1": c128, "block2_conv2": c256, "exit": c2048}
 
     @staticmethod
-    def _conv_bn_relu(in_channels: int, channels: int, stride: int = 1) -> list[nn.Module]:
-        conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    def _stem_conv(in_channels: int, channels: int, stride: int) -> list[nn.Module]:
+        conv, norm, relu = conv_bn_relu(in_channels, channels, 3, stride)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+        return [conv, norm, relu]
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = self.conv2(self.conv1(image))  # (N, 64, H/2, W/2)
