@@ -1,4 +1,4 @@
-"""Public data sets and folders of one's own as Lightning data modules, one file each."""
+"""Public data sets, drawn ones and your own folders as Lightning data modules, one file each."""
 
 from .ade20k import ADE20K
 from .base import SegmentationDataModule

@@ -108,8 +108,7 @@ class SegmentationDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
-            sizes = f"{batch_size} and {eval_batch_size}"
-            raise UserError(f"data.batch_size and data.eval_batch_size must be positive, got {sizes}")
+            raise UserError(f"data.batch_size {batch_size} and data.eval_batch_size {eval_batch_size} must be positive")
         if max_class_share < 1 and crop_size is None:
             raise UserError(f"data.max_class_share {max_class_share} chooses crops: set data.crop_size too")
         self.root = None if root is None else Path(root).expanduser()

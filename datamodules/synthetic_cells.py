@@ -1,15 +1,15 @@
-"""SyntheticCells, embedded: touching cells under a microscope, drawn per index, never downloaded.
+"""SyntheticCells: touching cells under a microscope, drawn by this file and never downloaded.
 
-They stand for the cells of U-Net's cell tracking task, where finding the cells is easy and parting them is not:
+They imitate the cells of U-Net's cell tracking task, where it is easy to find cells and hard to separate them:
 
-- cells crowd in colonies, press each other flat, and a gap of one to three pixels of background is all that parts most
-  of them; it looks like the dark membranes around it and fades here and there;
-- cells and open ground share one mean grey; a cell has grain, a nucleus and light from one side;
-- debris on the open ground has the tones of cells and is background;
-- optics blur everything, the corners are dark, and the sensor adds noise.
+- Cells crowd in colonies and press each other flat. A gap of one to three pixels of background separates most of them.
+  The gap looks like the dark membranes around it and fades in places.
+- Cells and open ground have the same mean grey. A cell has grain, a nucleus and light from one side.
+- Debris on the open ground has the grey levels of cells and is background.
+- Optics blur the image, the corners are dark, and the sensor adds noise.
 
-Each picture comes with an instance map, every cell its own number. An integer hash draws every number and integer
-arithmetic every pixel, so the pictures are the same on every machine. A test holds their checksum fixed.
+Each image comes with an instance map that numbers its cells. An integer hash draws all random numbers and integer
+arithmetic draws all pixels, so the images are the same on every machine. A test compares their checksum.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from .errors import UserError
 from .files import Sample
 from .synthetic_scenes import SPLITS, Dice
 
-SUB = 8  # the outlines are computed in eighths of a pixel
-EDGE = 1 << 12  # value of a cell's potential on the outline it would have alone
-SMALLEST = 40  # cells that show fewer pixels are not drawn
+SUB = 8  # outlines are computed in eighths of a pixel
+EDGE = 1 << 12  # a cell's potential on the outline that it would have without neighbours
+SMALLEST = 40  # cells with fewer visible pixels are not drawn
 
 
 def soften(picture: np.ndarray, times: int) -> np.ndarray:
-    """Blur ``(H, W)`` by so many passes of the kernel 1 2 1, each a variance of half a pixel."""
+    """Blur ``(H, W)`` by several passes of the kernel 1 2 1; each pass adds a variance of half a pixel."""
     for _ in range(times):
         p = np.pad(picture, 1, mode="edge")
         p = p[:-2] + 2 * p[1:-1] + p[2:]
@@ -39,27 +39,27 @@ def soften(picture: np.ndarray, times: int) -> np.ndarray:
 
 
 def shifted(picture: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """The picture's values at (y + dy, x + dx), up to 2 pixels away; outside those of its edge."""
+    """Return the values at (y + dy, x + dx), at most 2 pixels away; values outside are those of the edge."""
     height, width = picture.shape
     return np.pad(picture, 2, mode="edge")[2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]
 
 
 def grow_cells(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Place cells and let each take the pixels where its potential is the lowest, which flattens them on each other.
+    """Place cells and give each pixel to the cell with the lowest potential there, so that neighbours press flat.
 
     Args:
-        dice: draws everything.
-        height: in pixels.
-        width: in pixels.
+        dice: draws all random numbers.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
-        the owner of each pixel, 0 for open ground and 1, 2, ... for cells, int32 ``(H, W)``; and the lowest potential,
-        0 in a cell's middle and `EDGE` on its free outline, int64 ``(H, W)``.
+        the cell of each pixel, int32 ``(H, W)``, 0 for open ground and 1, 2, ... for cells; and the lowest potential,
+        int64 ``(H, W)``, 0 in the middle of a cell and `EDGE` on its free outline.
     """
     crowd = dice.waves(height, width, 72) + dice.between(0, 70)  # cells settle where it is positive
     y, x = (
         axis * SUB + dice.waves(height, width, 18) * 4 * SUB // 128 + dice.waves(height, width, 7) * SUB // 128
-        for axis in np.ogrid[:height, :width]  # ripples of 4 pixels and 1 make no two outlines alike
+        for axis in np.ogrid[:height, :width]  # ripples of 4 pixels and of 1 pixel make all outlines different
     )
     owner, lowest = np.zeros((height, width), np.int32), np.full((height, width), EDGE, np.int64)
     cells: list[tuple[int, int, int]] = []
@@ -86,14 +86,14 @@ def grow_cells(dice: Dice, height: int, width: int) -> tuple[np.ndarray, np.ndar
 
 
 def part_cells(dice: Dice, owner: np.ndarray) -> np.ndarray:
-    """Open a gap of one to three pixels between each two cells, and drop what is left of very small ones.
+    """Open a gap of one to three pixels between neighbouring cells, and remove very small cells.
 
     Args:
-        dice: draws the gaps' widths.
-        owner: from `grow_cells`.
+        dice: draws the widths of the gaps.
+        owner: the cell of each pixel, from `grow_cells`.
 
     Returns:
-        the cells' numbers without a hole, 0 for the ground, int32 ``(H, W)``; each cell is one connected piece.
+        the cells numbered 1, 2, 3, ..., 0 for the ground, int32 ``(H, W)``; each cell is one connected piece.
     """
     from scipy import ndimage
 
@@ -105,7 +105,7 @@ def part_cells(dice: Dice, owner: np.ndarray) -> np.ndarray:
             other = shifted(owner, dy, dx)
             low, high = np.minimum(owner, other), np.maximum(owner, other)
             gap = np.where((low > 0) & (low < high), gaps[low, high], 0)
-            # one pixel off the cell of the lower number, one off the other, a second one off the first
+            # a gap takes its first and third pixel from the cell of the lower number, its second from the other
             needed = np.where(owner < other, 1, 2) if max(abs(dy), abs(dx)) < 2 else np.where(owner < other, 3, 9)
             cut |= gap >= needed
     parted = np.where(cut, 0, owner)
@@ -123,7 +123,7 @@ def part_cells(dice: Dice, owner: np.ndarray) -> np.ndarray:
 
 
 def draw_debris(dice: Dice, image: np.ndarray, cells: np.ndarray) -> None:
-    """Drop specks with a bright rim on the open ground."""
+    """Draw specks with a bright rim on the open ground."""
     height, width = image.shape
     for _ in range(height * width // 6000 + 1):
         r = dice.between(2, 5)
@@ -137,15 +137,15 @@ def draw_debris(dice: Dice, image: np.ndarray, cells: np.ndarray) -> None:
 
 
 def draw_cells(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one picture.
+    """Draw one image and its instance map.
 
     Args:
-        seed: of the data set.
-        index: of the picture.
-        size: height and width in pixels, 64 at least.
+        seed: seed of the data set.
+        index: index of the image.
+        size: height and width in pixels, at least 64.
 
     Returns:
-        grey image ``(H, W)`` uint8 and instance map ``(H, W)`` int32, 0 for background, each cell its own number.
+        grey image ``(H, W)`` uint8, and instance map ``(H, W)`` int32 with the number of each cell, 0 for background.
     """
     height, width = size
     dice = Dice(seed, index)
@@ -158,19 +158,19 @@ def draw_cells(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray
     image = 144 + dice.waves(height, width, 40) // 14 + dice.waves(height, width, 9) // 24 + tones[cells]
     image = image + np.where(inside, dice.waves(height, width, 3) // 5 + dice.waves(height, width, 5) // 7, 0)
 
-    # a nucleus in the middle of each cell, with dark nucleoli
+    # each cell has a nucleus with dark nucleoli in its middle
     core = inside & (potential < EDGE // 6 + dice.waves(height, width, 12) * 2)
     image += np.where(core, np.where(dice.waves(height, width, 5) > 60, -40, 14), 0)
     rim = soften(core * 256, 1)
     image -= np.minimum(rim, 256 - rim) // 8
 
-    # light from one side on the cells' domes, as in differential interference contrast
+    # light comes from one side, as in differential interference contrast
     dome = soften(np.where(inside, EDGE - np.minimum(potential, EDGE), 0) // 8, 3)
     ly, lx = dice.pick(((1, 1), (1, 0), (1, -1), (0, 1), (-1, 1), (-1, -1)))
     image += np.clip((shifted(dome, ly, lx) - shifted(dome, -ly, -lx)) // 3, -56, 56)
     draw_debris(dice, image, cells)
 
-    # membranes: dark lines where a cell ends, of a strength that comes and goes
+    # membranes are dark lines of varying strength at the cells' ends
     ends = sum((shifted(cells, *step) != cells).astype(np.int32) for step in ((0, 1), (1, 0), (0, -1), (-1, 0)))
     strength = 90 + dice.waves(height, width, 14) * 80 // 128
     image -= soften(np.minimum(ends, 2) * 128, 2) * strength >> 8
@@ -187,11 +187,11 @@ def draw_cells(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray
 
 @dataclass(frozen=True)
 class CellSample(Sample):
-    """A picture of cells that is drawn when it is read.
+    """An image of cells that is drawn when it is read.
 
     Args:
-        seed: of the data set.
-        index: of the picture, no two splits share one.
+        seed: seed of the data set.
+        index: index of the image; no two splits share an index.
         size: height and width in pixels.
     """
 
@@ -200,34 +200,34 @@ class CellSample(Sample):
     size: tuple[int, int] = (256, 256)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Draw: image ``(3, H, W)`` with three equal channels and mask ``(H, W)``, both uint8."""
+        """Draw the image ``(3, H, W)`` with three equal channels and the mask ``(H, W)``, both uint8."""
         image, cells = draw_cells(self.seed, self.index, self.size)
         return torch.from_numpy(image).repeat(3, 1, 1), torch.from_numpy((cells > 0).astype(np.uint8))
 
     def instances(self) -> Tensor:
-        """Draw the instance map: int32 ``(H, W)``, 0 for background, each cell its own number."""
+        """Draw the instance map, int32 ``(H, W)``: the number of each cell, 0 for background."""
         return torch.from_numpy(draw_cells(self.seed, self.index, self.size)[1])
 
 
 class SyntheticCells(SegmentationDataModule):
-    """Touching cells, drawn on the fly; U-Net's border weights part them.
+    """Touching cells, drawn when they are read; U-Net's border weights teach a network to separate them.
 
     Args:
-        size: height and width in pixels, 64 at least; a larger picture shows more cells, not larger ones.
-        num_train: number of training pictures.
-        num_val: number of validation pictures.
-        num_test: number of test pictures.
-        seed: another seed, other cells.
+        size: height and width in pixels, at least 64; a larger image shows more cells, not larger ones.
+        num_train: number of training images.
+        num_val: number of validation images.
+        num_test: number of test images.
+        seed: seed of the drawing; another seed draws other cells.
         **kwargs: arguments of `SegmentationDataModule`.
 
     Raises:
-        UserError: for a size below 64 pixels or a number of pictures below 1.
+        UserError: for a size below 64 pixels or a number of images below 1.
     """
 
     class_names = ("background", "cell")
     palette = ((40, 44, 52), (120, 200, 140))
     source = "drawn by datamodules/synthetic_cells.py"
-    licence = "as this project"
+    licence = "the licence of this project"
 
     def __init__(
         self,
@@ -240,18 +240,22 @@ class SyntheticCells(SegmentationDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if len(size) != 2 or min(size) < 64:
-            raise UserError(f"a picture needs a height and a width of at least 64 pixels, got size {tuple(size)}")
+            raise UserError(f"data.size needs a height and a width of at least 64 pixels, got {tuple(size)}")
         if min(num_train, num_val, num_test) < 1:
             raise UserError(
-                f"every split needs a picture, got num_train, num_val, num_test {num_train, num_val, num_test}"
+                f"data.num_train, data.num_val and data.num_test must be at least 1, got {num_train, num_val, num_test}"
             )
         self.size, self.seed = (size[0], size[1]), seed
         self.counts = {"train": num_train, "val": num_val, "test": num_test}
 
     def samples(self, split: str) -> list[Sample]:
-        """List the pictures of a split, ``train``, ``val`` or ``test``; each counts from a start of its own."""
+        """List the images of a split (``train``, ``val`` or ``test``); the splits share no index.
+
+        Raises:
+            UserError: for another split.
+        """
         if split not in SPLITS:
-            raise UserError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
+            raise UserError(f"there is no split '{split}': the splits are {', '.join(SPLITS)}")
         start = SPLITS.index(split) << 32
         return [
             CellSample(f"{split}_{i:05d}", seed=self.seed, index=start + i, size=self.size)

@@ -1,18 +1,18 @@
-"""SyntheticScenes, the embedded default: little landscapes drawn per index, never downloaded.
+"""SyntheticScenes: small landscapes, drawn by this file and never downloaded; the default data set.
 
-Context decides in them, colour does not:
+A network must use the context in them, because colour alone does not decide the class:
 
-- sky, water and road share one grey-blue palette; lanes are straight, banks meander, and the same pale strokes are
-  lane marks when they stand in a row and ripples when they lie scattered;
-- the same vehicle is a ``boat`` on water and a ``car`` on road, and a plain patch of its surface surrounds it;
-- the same woolly puffs are clouds above the horizon (``sky``) and ``sheep`` in the meadow or on the road; they touch,
-  and only a thin dark gap parts them;
-- a ``pillow`` carries its ``sheet``'s pattern unbroken: only its shaded outline tells, and folds are shaded alike;
-- a ``tree`` has the meadow's colour and texture, and is large in front or tiny far away; a ``pole`` is one to three
-  pixels thin.
+- Sky, water and road share one grey-blue palette. Roads are straight and banks meander. The same pale strokes are lane
+  marks if they form a row, and ripples if they are scattered.
+- The same vehicle is a ``boat`` on water and a ``car`` on a road. Plain water or road surrounds it.
+- The same woolly puffs are clouds above the horizon (``sky``), and ``sheep`` in the meadow or on the road. They touch,
+  and only a thin dark gap separates them.
+- A ``pillow`` continues the pattern of its ``sheet``. Only its shaded outline shows it, and folds are shaded alike.
+- A ``tree`` has the colour and texture of the meadow; it is large in front and tiny far away. A ``pole`` is one to
+  three pixels thin.
 
-An integer hash draws every number and integer arithmetic every pixel, so the pictures are the same on every machine
-and with every version of NumPy. A test holds their checksum fixed.
+An integer hash draws all random numbers and integer arithmetic draws all pixels, so the images are the same on every
+machine and with every version of NumPy. A test compares their checksum.
 """
 
 from dataclasses import dataclass
@@ -28,16 +28,16 @@ from .files import Sample
 
 SKY, GRASS, WATER, ROAD, TREE, BOAT, CAR, SHEET, PILLOW, SHEEP, POLE = range(11)
 
-SLATE = ((104, 122, 138), (128, 143, 156), (150, 163, 173), (118, 128, 150))  # sky, water and road alike
-CLEAN = {SKY: (168, 204, 232), WATER: (60, 110, 170), ROAD: (120, 118, 116)}  # their own colours at difficulty 0
+SLATE = ((104, 122, 138), (128, 143, 156), (150, 163, 173), (118, 128, 150))  # sky, water and road
+CLEAN = {SKY: (168, 204, 232), WATER: (60, 110, 170), ROAD: (120, 118, 116)}  # separate colours at difficulty 0
 GREEN = ((88, 128, 66), (102, 138, 74), (80, 118, 74))  # meadows and crowns
 BRIGHT = ((200, 62, 54), (226, 172, 50), (232, 228, 216), (52, 116, 168), (222, 120, 56), (70, 150, 132))
 CLOTH = ((214, 84, 84), (240, 232, 214), (90, 110, 180), (236, 190, 96), (160, 90, 150), (120, 170, 160))
 WOOL, WOOD, GLASS, STROKE = (232, 228, 218), (84, 66, 52), (60, 72, 86), (208, 212, 212)
 
-SEAM = 140  # light along a fold or a pillow's outline, of 256
-NOISE = (0, 10, 20)  # strength of the sensor noise by difficulty, 10 is a deviation of 8 grey levels
-STRIDE = (18, 18, 30)  # from one stroke to the next by difficulty
+SEAM = 140  # light along a fold or a pillow's outline, in 256ths
+NOISE = (0, 10, 20)  # strength of the sensor noise by difficulty; 10 is a standard deviation of 8 grey levels
+STRIDE = (18, 18, 30)  # distance between strokes by difficulty, in 128ths of the shorter side
 SPLITS = ("train", "val", "test")
 MASK64 = (1 << 64) - 1
 
@@ -51,7 +51,7 @@ def mix(x: Any) -> Any:
 
 
 class Dice:
-    """A stream of random integers that depends on its keys alone."""
+    """A generator of random integers that depends on its keys alone."""
 
     def __init__(self, *keys: int) -> None:
         self.state = 0
@@ -59,7 +59,7 @@ class Dice:
             self.state = mix(self.state ^ key)
 
     def between(self, low: int, high: int) -> int:
-        """Draw an integer from low to high, both included; low where high is smaller."""
+        """Draw an integer from low to high, both included; return low if high is smaller."""
         self.state = mix(self.state)
         return low + self.state % (max(high - low, 0) + 1)
 
@@ -73,7 +73,7 @@ class Dice:
         return mix(np.arange(height * width, dtype=np.uint64) + np.uint64(self.state)).reshape(height, width)
 
     def waves(self, height: int, width: int, cell: int) -> np.ndarray:
-        """Draw smooth noise ``(height, width)`` from -128 to 127, with a random knot every `cell` pixels."""
+        """Draw smooth noise ``(height, width)`` from -128 to 127, with one random value every `cell` pixels."""
         knots = (self.bits(height // cell + 2, width // cell + 2) & 255).astype(np.int32) - 128
         ramp = np.arange(cell, dtype=np.int64)
         ramp = (ramp * ramp * (3 * cell - 2 * ramp) // (cell * cell)).astype(np.int32)  # smoothstep, 0 to cell
@@ -86,11 +86,11 @@ class Dice:
 
 
 class Canvas:
-    """An image with its mask, and the rule by which things find their place on it.
+    """An image with its mask, and the tools to find a place in it and to draw there.
 
     Args:
-        height: in pixels.
-        width: in pixels.
+        height: height in pixels.
+        width: width in pixels.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -99,18 +99,22 @@ class Canvas:
         self.mask = np.zeros((height, width), dtype=np.uint8)
 
     def px(self, length: int) -> int:
-        """Turn a length in 128ths of the shorter side into pixels, at least 1: a scene keeps its layout at any size."""
+        """Convert 128ths of the shorter side to pixels, at least 1, so that a scene has one layout at any size."""
         return max(1, (length * min(self.height, self.width) + 64) // 128)
 
     def window(self, cy: int, cx: int, ry: int, rx: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-        """Cut out what lies within (ry, rx) of (cy, cx): the window and its offsets dy ``(h, 1)``, dx ``(1, w)``."""
+        """Return the part of the canvas within (ry, rx) of (cy, cx).
+
+        Returns:
+            the window as two slices, and the offsets of its pixels from the centre, dy ``(h, 1)`` and dx ``(1, w)``.
+        """
         top, bottom = max(cy - ry, 0), max(min(cy + ry + 1, self.height), 0)
         left, right = max(cx - rx, 0), max(min(cx + rx + 1, self.width), 0)
         dy, dx = np.arange(top - cy, bottom - cy), np.arange(left - cx, right - cx)
         return (slice(top, bottom), slice(left, right)), dy[:, None], dx[None, :]
 
     def find(self, dice: Dice, label: int, ry: int, rx: int, tries: int = 40) -> tuple[int, int] | None:
-        """Find a centre whose whole window shows nothing but `label`, or None after so many tries."""
+        """Find a centre whose whole window shows only `label`; return None after so many tries."""
         for _ in range(tries):
             cy, cx = dice.between(ry, self.height - 1 - ry), dice.between(rx, self.width - 1 - rx)
             if self.mask[cy, cx] == label and (self.mask[cy - ry : cy + ry + 1, cx - rx : cx + rx + 1] == label).all():
@@ -118,18 +122,18 @@ class Canvas:
         return None
 
     def paint(self, window: tuple, inside: np.ndarray, colour: Any, label: int | None = None) -> None:
-        """Give the pixels inside a colour, and a label."""
+        """Set the colour of the pixels inside, and their label if one is given."""
         np.copyto(self.image[window], colour, where=inside[..., None])
         if label is not None:
             self.mask[window][inside] = label
 
     def shade(self, window: tuple, inside: np.ndarray, light: Any) -> None:
-        """Multiply the pixels inside by light / 256, a number or one per pixel."""
+        """Multiply the pixels inside by light / 256; light is one number or one per pixel."""
         self.paint(window, inside, self.image[window] * np.asarray(light)[..., None] >> 8)
 
 
 def ellipse(dy: np.ndarray, dx: np.ndarray, ry: int, rx: int) -> np.ndarray:
-    """Tell which offsets lie within an ellipse: bool ``(h, w)``."""
+    """Return which offsets lie within an ellipse, bool ``(h, w)``."""
     return dy * dy * (rx * rx) + dx * dx * (ry * ry) <= ry * ry * rx * rx
 
 
@@ -137,7 +141,7 @@ def draw_land(canvas: Canvas, dice: Dice, difficulty: int) -> list[tuple[int, np
     """Paint the sky, the meadow and one or two bands of water or road across it.
 
     Returns:
-        for each, sky first, its label and the row of its centre line in every column, ``(W,)``.
+        for the sky and each band, its label and the row of its centre line in every column, ``(W,)``.
     """
     height, width, px = canvas.height, canvas.width, canvas.px
     whole, y, x = (slice(None), slice(None)), np.arange(height)[:, None], np.arange(width)
@@ -150,7 +154,7 @@ def draw_land(canvas: Canvas, dice: Dice, difficulty: int) -> list[tuple[int, np
     horizon = height * dice.between(22, 30) // 100
     skyline = horizon + dice.waves(1, width, px(40))[0] * px(4) // 128
     canvas.paint(whole, y >= skyline, dice.pick(GREEN), GRASS)
-    canvas.shade(whole, (y < skyline) & (y >= skyline - px(2)), 216)  # haze, like a bank
+    canvas.shade(whole, (y < skyline) & (y >= skyline - px(2)), 216)  # haze, which looks like a bank
     bands = [(SKY, skyline)]
 
     count, label = dice.pick((1, 1, 1, 2)), dice.pick((WATER, ROAD))
@@ -172,7 +176,7 @@ def draw_land(canvas: Canvas, dice: Dice, difficulty: int) -> list[tuple[int, np
 
 
 def draw_sheet(canvas: Canvas, dice: Dice) -> None:
-    """Spread a patterned sheet with two folds in the meadow and lay a pillow of the same cloth on it."""
+    """Draw a patterned sheet with two folds in the meadow, and a pillow of the same cloth on it."""
     px = canvas.px
     ry, rx = px(dice.between(16, 19)), px(dice.between(33, 40))
     if not (place := canvas.find(dice, GRASS, ry, rx)):
@@ -198,7 +202,7 @@ def draw_sheet(canvas: Canvas, dice: Dice) -> None:
 
 
 def draw_puffs(canvas: Canvas, dice: Dice, ground: int, label: int) -> None:
-    """Draw a row of touching woolly puffs on a ground: a cloud in the sky, a flock elsewhere."""
+    """Draw a row of touching woolly puffs on a ground: a cloud in the sky, sheep elsewhere."""
     px = canvas.px
     r = px(dice.between(6, 9))
     if not (place := canvas.find(dice, ground, r + px(2), 2 * r)):
@@ -219,7 +223,7 @@ def draw_puffs(canvas: Canvas, dice: Dice, ground: int, label: int) -> None:
 
 
 def draw_vehicle(canvas: Canvas, dice: Dice, surface: int) -> None:
-    """Draw a hull with a cabin well inside a band: a boat on water, a car on road, the same in all else."""
+    """Draw a hull with a cabin well inside a band: a boat on water, a car on a road; only the label differs."""
     px = canvas.px
     half, deck, island = px(dice.between(13, 17)), px(8), px(5)
     if not (place := canvas.find(dice, surface, deck + island, half + island)):
@@ -236,7 +240,7 @@ def draw_vehicle(canvas: Canvas, dice: Dice, surface: int) -> None:
 
 
 def draw_strokes(canvas: Canvas, dice: Dice, label: int, line: np.ndarray, stride: int) -> None:
-    """Draw short pale strokes off edges and vehicles: lane marks in a row on a road, ripples all about on water."""
+    """Draw short pale strokes away from edges and vehicles: lane marks in a row on a road, ripples all over water."""
     px = canvas.px
     thick, half, margin = px(2) // 2, px(4), px(4)
     for x in range(dice.between(0, stride), canvas.width, stride):
@@ -246,7 +250,7 @@ def draw_strokes(canvas: Canvas, dice: Dice, label: int, line: np.ndarray, strid
 
 
 def draw_tree(canvas: Canvas, dice: Dice, r: int) -> None:
-    """Stand a tree with a crown of radius r in the meadow, where it hides no smaller thing."""
+    """Draw a tree with a crown of radius r in the meadow, where it hides no smaller object."""
     if not (place := canvas.find(dice, GRASS, 1, 1)):
         return
     foot, cx = place
@@ -262,7 +266,7 @@ def draw_tree(canvas: Canvas, dice: Dice, r: int) -> None:
 
 
 def draw_pole(canvas: Canvas, dice: Dice) -> None:
-    """Stand a pole with a crossbar in the meadow, before all else."""
+    """Draw a pole with a crossbar in the meadow, in front of everything else."""
     if not (place := canvas.find(dice, GRASS, 1, 1)):
         return
     (foot, x), thick, arm = place, dice.between(1, 3), canvas.px(4)
@@ -275,12 +279,12 @@ def draw_pole(canvas: Canvas, dice: Dice) -> None:
 
 
 def draw_scene(seed: int, index: int, size: tuple[int, int], difficulty: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one scene, from the far to the near.
+    """Draw one scene, distant objects first.
 
     Args:
-        seed: of the data set.
-        index: of the scene.
-        size: height and width in pixels, 32 at least.
+        seed: seed of the data set.
+        index: index of the scene.
+        size: height and width in pixels, at least 32.
         difficulty: see `SyntheticScenes`.
 
     Returns:
@@ -288,7 +292,7 @@ def draw_scene(seed: int, index: int, size: tuple[int, int], difficulty: int = 1
     """
     height, width = size
     canvas, dice = Canvas(height, width), Dice(seed, index)
-    px, times = canvas.px, max(size) // min(size)  # a panorama holds more of everything
+    px, times = canvas.px, max(size) // min(size)  # a panorama holds more objects
     bands = draw_land(canvas, dice, difficulty)
     for _ in range(times):
         draw_puffs(canvas, dice, SKY, SKY)
@@ -324,10 +328,10 @@ class Scene(Sample):
     """A scene that is drawn when it is read.
 
     Args:
-        seed: of the data set.
-        index: of the scene, no two splits share one.
+        seed: seed of the data set.
+        index: index of the scene; no two splits share an index.
         size: height and width in pixels.
-        difficulty: 0, 1 or 2.
+        difficulty: see `SyntheticScenes`.
     """
 
     seed: int = 0
@@ -336,22 +340,22 @@ class Scene(Sample):
     difficulty: int = 1
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Draw: image ``(3, H, W)`` and mask ``(H, W)``, both uint8."""
+        """Draw the image ``(3, H, W)`` and the mask ``(H, W)``, both uint8."""
         image, mask = draw_scene(self.seed, self.index, self.size, self.difficulty)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
 
 
 class SyntheticScenes(SegmentationDataModule):
-    """Little landscapes in which context decides, drawn on the fly.
+    """Small landscapes in which context decides the class, drawn when they are read.
 
     Args:
-        size: height and width in pixels, 32 at least; lengths scale with the shorter side, noise and poles do not.
+        size: height and width in pixels, at least 32. Lengths scale with the shorter side, noise and poles do not.
         num_train: number of training scenes.
         num_val: number of validation scenes.
         num_test: number of test scenes.
-        seed: another seed, other scenes.
-        difficulty: 0 gives sky, water and road colours of their own and no noise; 1 is the default; 2 doubles the
-            noise and thins out the lane marks and ripples.
+        seed: seed of the drawing; another seed draws other scenes.
+        difficulty: 0 gives sky, water and road different colours and no noise; 1 is the default; 2 doubles the noise
+            and draws fewer lane marks and ripples.
         **kwargs: arguments of `SegmentationDataModule`.
 
     Raises:
@@ -364,7 +368,7 @@ class SyntheticScenes(SegmentationDataModule):
         (214, 40, 60), (236, 196, 210), (168, 84, 176), (250, 244, 220), (90, 60, 40),
     )  # fmt: skip
     source = "drawn by datamodules/synthetic_scenes.py"
-    licence = "as this project"
+    licence = "the licence of this project"
 
     def __init__(
         self,
@@ -378,20 +382,24 @@ class SyntheticScenes(SegmentationDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if len(size) != 2 or min(size) < 32:
-            raise UserError(f"a scene needs a height and a width of at least 32 pixels, got size {tuple(size)}")
+            raise UserError(f"data.size needs a height and a width of at least 32 pixels, got {tuple(size)}")
         if min(num_train, num_val, num_test) < 1:
             raise UserError(
-                f"every split needs a scene, got num_train, num_val, num_test {num_train, num_val, num_test}"
+                f"data.num_train, data.num_val and data.num_test must be at least 1, got {num_train, num_val, num_test}"
             )
         if difficulty not in (0, 1, 2):
-            raise UserError(f"difficulty is 0 (clean), 1 or 2 (hard), got {difficulty}")
+            raise UserError(f"data.difficulty must be 0 (clean), 1 or 2 (hard), got {difficulty}")
         self.size, self.seed, self.difficulty = (size[0], size[1]), seed, difficulty
         self.counts = {"train": num_train, "val": num_val, "test": num_test}
 
     def samples(self, split: str) -> list[Sample]:
-        """List the scenes of a split, ``train``, ``val`` or ``test``; each counts from a start of its own."""
+        """List the scenes of a split (``train``, ``val`` or ``test``); the splits share no index.
+
+        Raises:
+            UserError: for another split.
+        """
         if split not in SPLITS:
-            raise UserError(f"the splits are {', '.join(SPLITS)}, there is no '{split}'")
+            raise UserError(f"there is no split '{split}': the splits are {', '.join(SPLITS)}")
         start = SPLITS.index(split) << 32
         return [
             Scene(f"{split}_{i:05d}", seed=self.seed, index=start + i, size=self.size, difficulty=self.difficulty)

@@ -86,7 +86,7 @@ def border_weights(
 
 
 def connected_objects(labels: np.ndarray) -> np.ndarray:
-    """Number the connected pixels of each class but background and ignored: int32 ``(H, W)``, 0 elsewhere."""
+    """Find the objects, each the connected pixels of one class, and number them: int32 ``(H, W)``, 0 elsewhere."""
     from scipy import ndimage  # only these weights need it
 
     objects = np.zeros(labels.shape, np.int32)

@@ -109,7 +109,7 @@ CASES = {
     ),
     "value without a class": (
         lambda r: save(r / "masks/val/01.png", np.full((48, 64), 7, np.uint8)), {}, "error",
-        ["1 mask with values that stand for none of the 3 classes, 7 (100 %)", "void_values"], "masks/val/01.png",
+        ["1 mask with values that belong to none of the 3 classes, 7 (100 %)", "void_values"], "masks/val/01.png",
     ),
     "smoothed masks": (
         lambda r: save(r / "masks/val/01.png", np.arange(48 * 64).reshape(48, 64).astype(np.uint8)), {}, "error",
@@ -121,7 +121,7 @@ CASES = {
     ),
     "masks in colours": (
         lambda r: each_mask(r, colored), {}, "error",
-        ["11 masks in colours that stand for no class", "(0, 0, 0) (8", "data.palette"], "masks/train/00.png",
+        ["11 masks in colours that belong to no class", "(0, 0, 0) (8", "data.palette"], "masks/train/00.png",
     ),
     "a colour too many": (
         lambda r: (each_mask(r, colored), save(r / "masks/val/02.png", np.full((48, 64, 3), [9, 8, 7], np.uint8))),
@@ -285,7 +285,7 @@ def test_shares_mean_std_and_weights_are_those_of_numpy(tmp_path):
     np.testing.assert_allclose(found.shares("train"), np.array(pixels[:3]) / sum(pixels[:3]))
     around = [sum((mask != 255).sum() for mask in masks if (mask == k).any()) for k in range(3)]
     frequency = np.array(pixels[:3]) / around
-    np.testing.assert_allclose(found.weights, np.median(frequency) / frequency)
+    np.testing.assert_allclose(found.class_weights, np.median(frequency) / frequency)
     assert found.images.tolist() == [sum((mask == k).any() for mask in masks) for k in range(3)]
 
 
@@ -324,7 +324,7 @@ def test_the_block_mends_masks_of_0_and_255(tmp_path):
     assert block["model"]["init_args"]["num_classes"] == 2
     assert block["data"]["init_args"]["label_map"] == {0: 0, 255: 1}
     again = examine(Folder(root, batch_size=4, **block["data"]["init_args"]))
-    assert not again.failed and again.weights.tolist() == found.weights.tolist()
+    assert not again.failed and again.class_weights.tolist() == found.class_weights.tolist()
     assert yaml_block(again) == yaml_block(found)
 
 

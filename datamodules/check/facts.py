@@ -1,4 +1,4 @@
-"""What the data doctor keeps of one sample: decoded to its end, numbers only, safe to run in threads."""
+"""The facts of one sample: its files are decoded completely, and only numbers are kept. It runs in threads."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -7,36 +7,37 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import UserError
 from ..files import Sample, color_codes
 
 Color = tuple[int, int, int]
-MANY = 1024  # values or colours kept per mask, the most common ones: a mask of more holds no labels
+MANY = 1024  # most common values or colours that are kept per mask; a mask with more holds no labels
 
 
 @dataclass
 class Facts:
-    """What is kept of one sample: numbers, no pixels.
+    """Numbers that describe one sample, without its pixels.
 
     Args:
-        split: where it belongs.
-        sample: how to read it again.
-        problem: ``unpaired``, ``unreadable`` or ``colour`` (a mask whose colours stand for nothing); "" for none.
-        reason: the sentence that goes with it.
-        mode: of the image's file, as Pillow names it; else its bands and type.
-        mask_mode: likewise.
+        split: the split of the sample.
+        sample: the sample, to read it again.
+        problem: ``unmatched``, ``unreadable`` or ``colour`` (a mask in colours without a class); "" for none.
+        reason: a sentence about the problem.
+        mode: Pillow's mode of the image's file; for files that Pillow cannot read, bands and type.
+        mask_mode: Pillow's mode of the mask's file; for files that Pillow cannot read, the type.
         turned: the image's EXIF orientation, 1 for upright.
-        shape: of the image as read, ``(C, H, W)``.
-        mask_shape: ``(H, W)``.
-        dtype: of the image as read.
-        size: bytes of both, decoded.
+        shape: shape of the image as read, ``(C, H, W)``.
+        mask_shape: shape of the mask as read, ``(H, W)``.
+        dtype: type of the image as read.
+        size: bytes of the decoded image and mask.
         content: hash of the image's pixels.
-        labels: hash of the mask's pixels.
-        values: stored mask value -> pixels.
-        colors: colour -> pixels, of those that stand for nothing.
-        palette: stored value -> colour, in a palette mask.
-        sums: per band, of pixels scaled to 0..1.
-        squares: likewise, of their squares.
-        counts: pixels per class, ignored and without a class, once the classes are known.
+        mask_content: hash of the mask's pixels.
+        values: stored mask value -> number of pixels.
+        colors: colour without a class -> number of pixels.
+        palette: stored mask value -> colour, for a mask with a palette.
+        sums: sum of the pixels per band, scaled to 0..1.
+        squares: sum of the squared pixels per band, scaled to 0..1.
+        counts: pixels of each class, ignored, and without a class, ``(K + 2,)``; set when the classes are known.
     """
 
     split: str
@@ -51,7 +52,7 @@ class Facts:
     dtype: str = ""
     size: int = 0
     content: str = ""
-    labels: str = ""
+    mask_content: str = ""
     values: dict[int, int] = field(default_factory=dict)
     colors: dict[Color, int] = field(default_factory=dict)
     palette: dict[int, Color] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Facts:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
 
     def file(self, mask: bool = False) -> str:
-        """The path of the image or mask, with the sample's name where many share the file."""
+        """Return the path of the image or mask, with the sample's name if several samples share the file."""
         image, name = self.sample.image, self.sample.name
         if self.problem == "unreadable":
             mask = str(self.sample.mask) in self.reason
@@ -74,20 +75,20 @@ class Facts:
 
 
 def look_at(split: str, sample: Sample) -> Facts:
-    """Decode a sample to its end and keep its facts; what is wrong with it is one of them."""
+    """Decode a sample completely and return its facts; an error is one of them."""
     facts = Facts(split, sample)
     if (missing := sample.missing()) is not None:
-        facts.problem, facts.reason = "unpaired", missing
+        facts.problem, facts.reason = "unmatched", missing
         return facts
     facts.mode, facts.turned, _ = header(sample.image)
     facts.mask_mode, _, palette = header(sample.mask)
-    palette = [] if sample.colors else palette  # read by colour then
+    palette = [] if sample.colors else palette  # such a mask is read by colour
     try:
         image, mask = (None if part is None else part.numpy() for part in sample.read())
         assert image is not None
-    except Exception as error:  # whatever it is, it would end training too
-        plain = isinstance(error, ValueError)
-        facts.reason = str(error) if plain else f"{facts.file()} cannot be read ({type(error).__name__}: {error})"
+    except Exception as error:  # any error would end training too
+        is_plain = isinstance(error, UserError)
+        facts.reason = str(error) if is_plain else f"{facts.file()} cannot be read ({type(error).__name__}: {error})"
         facts.colors, facts.mask_shape = unknown_colors(sample) if str(sample.mask) in facts.reason else ({}, ())
         facts.problem = "colour" if facts.colors else "unreadable"
         return facts
@@ -96,7 +97,7 @@ def look_at(split: str, sample: Sample) -> Facts:
     facts.sums, facts.squares = moments(image)
     facts.size = image.nbytes
     if mask is not None:
-        facts.mask_shape, facts.labels, facts.size = mask.shape, digest(mask), image.nbytes + mask.nbytes
+        facts.mask_shape, facts.mask_content, facts.size = mask.shape, digest(mask), image.nbytes + mask.nbytes
         facts.mask_mode = facts.mask_mode or mask.dtype.name
         values, counts = count_values(mask)
         facts.values = dict(zip(values.tolist(), counts.tolist(), strict=True))
@@ -105,28 +106,28 @@ def look_at(split: str, sample: Sample) -> Facts:
 
 
 def header(path: Path | None) -> tuple[str, int, list[Color]]:
-    """A file's mode, EXIF orientation and palette as Pillow sees them; an empty mode where it does not."""
+    """Read mode, EXIF orientation and palette of a file with Pillow; the mode is "" if Pillow cannot read it."""
     if path is None:
         return "", 1, []
     try:
         with Image.open(path) as file:
             flat = (file.getpalette("RGB") or []) if file.mode == "P" else []
             colors = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
-            has_exif = file.format != "PNG" or "exif" in file.info  # a PNG would be decoded to its end to look for it
+            has_exif = file.format != "PNG" or "exif" in file.info  # Pillow would decode a whole PNG to look for it
             return file.mode, file.getexif().get(0x0112, 1) if has_exif else 1, colors
-    except Exception:  # reading it says what is wrong
+    except Exception:  # `Sample.read` names the error
         return "", 1, []
 
 
 def digest(pixels: np.ndarray) -> str:
-    """Hash decoded pixels: the same for a file that was renamed or stored in another lossless way."""
+    """Hash decoded pixels; the hash stays the same if the file is renamed or saved in another lossless format."""
     digest = hashlib.blake2b(f"{pixels.shape} {pixels.dtype}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
 def count_values(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values that occur and how often, the most common ones."""
+    """Return the values that occur and their numbers of pixels, at most the `MANY` most common ones."""
     if pixels.dtype == np.uint8:
         counts = np.bincount(pixels.ravel())
         values = counts.nonzero()[0]
@@ -137,7 +138,11 @@ def count_values(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unknown_colors(sample: Sample) -> tuple[dict[Color, int], tuple[int, ...]]:
-    """The colours of a mask that stand for nothing and its shape; no colours where it is grey or cannot be decoded."""
+    """Count the pixels of each colour without a class in a mask.
+
+    Returns:
+        colour -> number of pixels, and the shape ``(H, W)``. There are no colours if the mask is grey or unreadable.
+    """
     try:
         with Image.open(sample.mask) as file:  # type: ignore[arg-type]
             pixels = np.array(file.convert("RGB"))
@@ -151,7 +156,7 @@ def unknown_colors(sample: Sample) -> tuple[dict[Color, int], tuple[int, ...]]:
 
 
 def moments(image: np.ndarray, block: int = 1 << 20) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per band the sum of pixels scaled to 0..1, and of their squares: exact for 8 and 16 bits."""
+    """Sum the pixels of each band, scaled to 0..1, and their squares; the sums are exact for 8 and 16 bits."""
     whole = image.dtype.kind in "iu"
     full, number = (int(np.iinfo(image.dtype).max), int) if whole else (1, float)
     sums, squares = [], []

@@ -1,4 +1,4 @@
-"""The data doctor's report: short tables for the terminal, and one page of HTML with its pictures inside."""
+"""The data doctor's report: short tables in the terminal, and one HTML page that contains its pictures."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ from .facts import Facts
 from .findings import Examination, Finding, count, percent
 from .suggest import batch_bytes, yaml_block
 
-OVERLAYS, WORST, NAMED, ROWS = 9, 4, 50, 30  # pictures of the data, per finding; files named; rows in the terminal
+OVERLAYS, WORST, NAMED, ROWS = 9, 4, 50, 30  # training images; images and names per finding; rows in the terminal
 WHITE, MAGENTA = (255, 255, 255), (255, 0, 255)
 COLORS = {"error": "#b3261e", "warning": "#9a6700", "note": "#57606a"}
 STYLE = """
@@ -42,19 +42,19 @@ pre{background:#f6f8fa;padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere;
 
 
 def megabytes(size: float) -> str:
-    """Bytes in the unit that suits."""
+    """Return a number of bytes in MiB, or in GiB from 1 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def size_range(facts: Sequence[Facts]) -> str:
-    """Sizes of images as width x height, from the smallest area to the largest."""
+    """Return the smallest and the largest size of the images, as width x height."""
     sizes = sorted({f.shape[1:] for f in facts if f.shape}, key=lambda s: (s[0] * s[1], s))
     ends = " to ".join(f"{width} x {height}" for height, width in dict.fromkeys(sizes[:1] + sizes[-1:]))
     return ends + (f" ({len(sizes)} sizes)" if len(sizes) > 2 else "")
 
 
 def split_rows(found: Examination) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row per split."""
+    """Return the headings of the table of splits, and one row per split."""
     rows = []
     for split in found.splits:
         facts = found.of(split)
@@ -69,24 +69,28 @@ def split_rows(found: Examination) -> tuple[list[str], list[list[str]]]:
 
 
 def class_rows(found: Examination) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row per class."""
-    shares = [found.shares(split) for split in found.splits]
-    rows = [
-        [str(k), str(name), *(percent(share[k]) for share in shares), f"{found.images[k]:,}", f"{found.weights[k]:.4g}"]
-        for k, name in enumerate(found.data.class_names)
-    ]
-    return ["label", "class", *found.splits, "in training images", "weight"], rows
+    """Return the headings of the table of classes, and one row per class."""
+    rows = []
+    for k, name in enumerate(found.data.class_names):
+        shares = [percent(found.shares(split)[k]) for split in found.splits]
+        rows.append([str(k), str(name), *shares, f"{found.images[k]:,}", f"{found.class_weights[k]:.4g}"])
+    return ["label", "class", *found.splits, "in training images", "class weight"], rows
 
 
 def memory(found: Examination) -> str:
-    """What the data costs in memory."""
+    """Describe how much memory the data needs."""
     fit = sum(f.size for f in found.facts if f.split in ("train", "val"))
     batch = f"a training batch of {found.given.batch_size} takes {megabytes(batch_bytes(found))} on the device"
     return f"data.cache: memory needs {megabytes(fit)} for train and val; {batch}, without the network"
 
 
 def report(found: Examination, folder: Path) -> None:
-    """Write the page and ``found.yaml`` into a folder, and print tables, findings, verdict and the YAML block."""
+    """Write ``index.html`` and ``found.yaml`` into a folder, and print tables, findings, verdict and the YAML block.
+
+    Args:
+        found: the result of `examine`.
+        folder: where to write; it is created if missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "found.yaml").write_text(yaml_block(found) + "\n", encoding="utf-8")
     (folder / "index.html").write_text(page_html(found), encoding="utf-8")
@@ -95,7 +99,7 @@ def report(found: Examination, folder: Path) -> None:
         table = Table(title=title, box=ASCII2)
         for i, heading in enumerate(headings):
             table.add_column(heading, justify="right" if rows and rows[0][i][:1].isdigit() else "left")
-        if len(rows) > ROWS:  # the page has all
+        if len(rows) > ROWS:  # the page shows all rows
             rows = [rows[k] for k in np.argsort(-found.pixels["train"][:-2], kind="stable")]
             rows[ROWS // 2 : -ROWS // 2] = [["...", f"{len(rows) - ROWS} more", *[""] * (len(headings) - 2)]]
         for row in rows:
@@ -108,12 +112,12 @@ def report(found: Examination, folder: Path) -> None:
         text = Text.assemble("\n", (f"{finding.severity}: ", styles[finding.severity]), str(finding))
         console.print(text, soft_wrap=True)
     print(f"\n{found.verdict}\n\n{yaml_block(found)}\n")
-    print(f"This block, to be named as one more --config: {folder / 'found.yaml'}")
-    print(f"All of this with pictures: {folder / 'index.html'}")
+    print(f"To use this block, add --config {folder / 'found.yaml'} to a command")
+    print(f"The report with pictures is {folder / 'index.html'}")
 
 
 def page_html(found: Examination) -> str:
-    """The page, which needs no other file."""
+    """Return the HTML page, which needs no other file."""
     name, root = html.escape(type(found.data).__name__), html.escape(str(found.data.root or "drawn"))
     color = COLORS["error"] if found.failed else "#1a7f37"
     body = [f'<h1>{name}</h1><p class="small">{root}</p>']
@@ -131,14 +135,14 @@ def page_html(found: Examination) -> str:
 
 
 def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain text."""
+    """Return a table of plain text as HTML."""
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     top = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     return f'<div class="scroll"><table><tr>{top}</tr><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
 def finding_html(found: Examination, finding: Finding) -> str:
-    """A finding with pictures of its first files and the names of all."""
+    """Return a finding as HTML, with pictures of its first files and the names of its files."""
     pictures = grid(found, finding.facts[:WORST], "9rem", finding.mask)
     names = [html.escape(f"{f.split}: {name}") for f, name in zip(finding.facts, finding.files, strict=True)][:NAMED]
     names += [f"and {len(finding.facts) - NAMED:,} more"] if len(finding.facts) > NAMED else []
@@ -148,7 +152,7 @@ def finding_html(found: Examination, finding: Finding) -> str:
 
 
 def bars_html(found: Examination) -> str:
-    """Every class with a bar in its colour per split, in the order of the splits."""
+    """Return a table of the classes as HTML; each has one bar per split in the class's colour."""
     shares = [found.shares(split) for split in found.splits]
     largest, rows = max(1e-9, *(share.max() for share in shares)), []
     for k in range(found.data.num_classes):
@@ -158,25 +162,25 @@ def bars_html(found: Examination) -> str:
             for i, share in enumerate(shares)
         )
         numbers = "<br>".join(f"{split} {percent(share[k])}" for split, share in zip(found.splits, shares, strict=True))
-        weight = f"weight {found.weights[k]:.4g}<br>in {count(int(found.images[k]), 'image')}"
+        weight = f"class weight {found.class_weights[k]:.4g}<br>in {count(int(found.images[k]), 'image')}"
         cells = f'<td>{swatch(found, k)}</td><td class="bars">{bars}</td>'
         rows.append(f'{cells}<td class="small">{numbers}</td><td class="small">{weight}</td>')
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
 
 
 def css(color: Sequence[int]) -> str:
-    """A colour as CSS writes it."""
+    """Return a colour in CSS's notation."""
     return "#" + "".join(f"{value:02x}" for value in color)
 
 
 def swatch(found: Examination, label: int) -> str:
-    """A class's colour and name."""
+    """Return the colour and name of a class as HTML."""
     name = html.escape(str(found.data.class_names[label]))
     return f'<i class="swatch" style="background:{css(found.data.palette[label])}"></i>{name}'
 
 
 def sizes_html(found: Examination) -> str:
-    """The images' sizes, as a scatter plot if there are several."""
+    """Return the sizes of the images as HTML, with a scatter plot if there are several."""
     facts = [f for f in found.facts if f.shape]
     if len({f.shape[1:] for f in facts}) < 2:
         return f"<p>All {count(len(facts), 'image')} are {size_range(facts)} pixels.</p>" if facts else "<p>None.</p>"
@@ -193,12 +197,12 @@ def sizes_html(found: Examination) -> str:
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    text = f"{size_range(facts)}; larger marks stand for more images."
+    text = f"{size_range(facts)}; larger marks mean more images."
     return f"<p>{text}</p>{embedded(buffer.getvalue(), 'sizes of the images')}"
 
 
 def overlays_html(found: Examination) -> str:
-    """Random training images under their masks, the same at every call, and what the colours mean."""
+    """Return random training images under their masks as HTML, with a legend; every call draws the same images."""
     usable = [f for f in found.of("train") if f.values and f.shape]
     picked = random.Random(0).sample(usable, min(OVERLAYS, len(usable)))
     seen = sorted({k for f in picked for k in np.flatnonzero(f.counts[:-2]).tolist()})
@@ -211,7 +215,7 @@ def overlays_html(found: Examination) -> str:
 
 
 def grid(found: Examination, facts: Iterable[Facts], cell: str, mask: bool = False) -> str:
-    """Pictures side by side, as many as fit; what cannot be drawn is left out."""
+    """Return pictures side by side as HTML; files that cannot be drawn are left out."""
     figures = []
     for f in facts:
         if (picture := draw(found, f)) is not None:
@@ -223,17 +227,26 @@ def grid(found: Examination, facts: Iterable[Facts], cell: str, mask: bool = Fal
 
 
 def embedded(png: bytes, alt: str) -> str:
-    """A picture inside the page."""
+    """Return a picture as HTML that contains its bytes."""
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def draw(found: Examination, facts: Facts, width: int = 320) -> Image.Image | None:
-    """An image under its mask at 50 %; beside its mask if their sizes differ; only a file of it if it is not read."""
+    """Draw an image under its mask at 50 % opacity, or beside its mask if their sizes differ.
+
+    Args:
+        found: the result of `examine`.
+        facts: of the sample to draw.
+        width: width of the picture in pixels.
+
+    Returns:
+        the picture. If the sample could not be read, it is the readable one of the two files, or None.
+    """
     if not facts.shape:
         try:
             with Image.open(facts.sample.mask if facts.problem == "colour" else facts.sample.image) as file:  # type: ignore[arg-type]
                 return resized(file.convert("RGB"), width)
-        except Exception:  # it is among the findings because it cannot be read
+        except Exception:  # the finding says why it cannot be read
             return None
     image, values = facts.sample.read()
     pixels = np.nan_to_num(image.numpy()[[0, 1, 2] if len(image) > 2 else [0, 0, 0]].astype(np.float32))
@@ -258,5 +271,5 @@ def draw(found: Examination, facts: Facts, width: int = 320) -> Image.Image | No
 
 
 def resized(picture: Image.Image, width: int, how: Image.Resampling = Image.Resampling.BOX) -> Image.Image:
-    """Bring a picture to a width."""
+    """Scale a picture to a width."""
     return picture.resize((width, max(1, round(width * picture.height / picture.width))), how)

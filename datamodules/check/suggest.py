@@ -1,4 +1,4 @@
-"""What the data doctor suggests: the lines of YAML to paste."""
+"""The YAML that the data doctor suggests: lines to paste into a config."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from .findings import Examination, found_colors
 
 
 def crop_size(found: Examination) -> list[int] | None:
-    """The crop that is configured; else the usual height and width in whole multiples of 32, 512 at most."""
+    """Return the configured crop, or else the median height and width in multiples of 32, at most 512."""
     if (crop := found.given.crop_size) is not None:
         return [crop, crop] if isinstance(crop, int) else [*crop]
     sides = [*zip(*(f.shape[1:] for f in found.of("train") if f.shape), strict=True)]
@@ -21,7 +21,7 @@ def crop_size(found: Examination) -> list[int] | None:
 
 
 def batch_bytes(found: Examination) -> int:
-    """What one training batch takes on the device: as stored, normalised to float32, and its mask."""
+    """Return the bytes of one training batch on the device: images as stored and as float32, and masks."""
     shapes = [(*f.shape, np.dtype(f.dtype).itemsize) for f in found.of("train") if f.shape]
     if not shapes:
         return 0
@@ -32,17 +32,17 @@ def batch_bytes(found: Examination) -> int:
 
 
 def yaml_block(found: Examination) -> str:
-    """What to paste into a config, or to name as one more ``--config``."""
+    """Write the arguments of model and data that fit the files, to paste or to give as one more ``--config``."""
     data, name = found.data, type(found.data).__name__
     accepted = {p for cls in type(data).__mro__ for p in inspect.signature(cls).parameters}
     colored = len(found.facts[0].sample.colors or ()) if found.facts else 0
-    voids = [v for v in data.void_values if not data.num_classes <= v < colored]  # those `Folder` gave void colours
+    voids = [v for v in data.void_values if not data.num_classes <= v < colored]  # not the labels of void colours
     model: dict[str, Any] = {"num_classes": data.num_classes}
     if found.mean:
         model |= {"in_channels": len(found.mean)} if len(found.mean) != 3 else {}
         model |= {"mean": digits(found.mean), "std": digits(found.std)}
     if not found.given.border_weight and found.images.any():
-        model["class_weights"] = digits(found.weights)
+        model["class_weights"] = digits(found.class_weights)
     values: dict[str, Any] = {"class_names": [str(name) for name in data.class_names]}
     if [*map(tuple, data.palette)] != voc_palette(data.num_classes):
         values["palette"] = [[int(value) for value in color] for color in data.palette]
@@ -51,8 +51,8 @@ def yaml_block(found: Examination) -> str:
         values["void_colors"] = [[*color] for color in void_colors]
     values["label_map"], values["crop_size"] = data.label_map, crop_size(found)
     comments = {
-        "mean": "of these images; leave both out where weights bring their own",
-        "class_weights": "median frequency; leave out to weigh all pixels alike",
+        "mean": "of these images; leave out mean and std if pretrained weights bring their own",
+        "class_weights": "median frequency; leave out to give all pixels the same weight",
     }
     lines = ["model:", "  init_args:"] + [line(key, value, comments.get(key)) for key, value in model.items()]
     lines += ["data:", f"  class_path: {name}", "  init_args:"]
@@ -60,16 +60,16 @@ def yaml_block(found: Examination) -> str:
     colors = found_colors([f for f in found.facts if f.problem == "colour" and not f.sample.colors])
     if colors and found.given.class_names:
         listed = [[*color] for color, _ in colors.most_common(data.num_classes)]
-        lines += [line("# palette", listed, "the colours found, by share: bring them into the order of class_names")]
+        lines += [line("# palette", listed, "the colours found, by share: sort them in the order of class_names")]
     return "\n".join(lines)
 
 
 def digits(values: Iterable[float]) -> list[float]:
-    """Numbers with four digits, however small: dark scenes use a hundredth of 16 bits."""
+    """Round to four significant digits, because the values of dark scenes may be very small."""
     return [float(f"{value:.4g}") for value in values]
 
 
 def line(key: str, value: Any, comment: str | None = None) -> str:
-    """One argument in YAML."""
+    """Write one argument as a line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return f"    {key}: {text.removesuffix('...' + chr(10)).strip()}" + (f"  # {comment}" if comment else "")
