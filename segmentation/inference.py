@@ -1,7 +1,7 @@
-"""How logits are made for a whole image: at once, from windows, from the paper's tiles, or from several scales.
+"""How logits are computed for a whole image: at once, from windows, or from several scales.
 
-The argument ``model.inference`` of every architecture, used by validation, test and predict. What is made of windows is
-put together in the CPU's memory, block by block, so that an image may be larger than a GPU could take.
+``model.inference`` is an object of one of these classes; validation, test and predict call it. Logits of windows are
+collected in the CPU's memory, block by block, so an image may be larger than a GPU can hold.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,14 @@ __all__ = ["Inference", "MultiScaleFlip", "SlidingWindow", "Tiled", "Whole"]
 
 
 class Inference:
-    """A way from an image to its logits."""
+    """Compute the logits of a whole image. Subclasses define how."""
 
     def __call__(self, model: Any, image: Tensor) -> Tensor:
-        """Logits of an image.
+        """Return the logits of an image.
 
         Args:
             model: a `SegmentationModule`.
-            image: preprocessed, on the model's device.
+            image: preprocessed image on the model's device.
 
         Shape:
             image ``(N, C, H, W)`` -> logits ``(N, K, H, W)``.
@@ -37,30 +37,30 @@ class Inference:
 
 
 class Whole(Inference):
-    """The image at once, as the network was built."""
+    """Show the network the image at once."""
 
     def __call__(self, model: Any, image: Tensor) -> Tensor:
         return model(image)
 
 
 class Tiled(Inference):
-    """Logits from parts of the image. Subclasses define `blocks`, which asks for one part after the other."""
+    """Compute logits part by part. Subclasses define `blocks`, which reads one part after another."""
 
     def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
         """Yield finished blocks of logits, float32 on the model's device, that cover the image once.
 
-        They come row by row, and those of a row, which all have its height, from left to right.
+        Blocks come row by row, from left to right; the blocks of a row have one height.
 
         Args:
             model: a `SegmentationModule`.
-            read: gives the pixels of a window inside the image.
-            height: of the image.
-            width: of the image.
+            read: returns the pixels of a window inside the image.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
         """
         raise NotImplementedError
 
     def __call__(self, model: Any, image: Tensor) -> Tensor:
-        """Logits in the CPU's memory; see `Inference`."""
+        """Return the logits in the CPU's memory; see `Inference`."""
         height, width = image.shape[-2:]
         logits = torch.empty(0)
         blocks = self.blocks(model, lambda top, bottom, left, right: image[..., top:bottom, left:right], height, width)
@@ -72,17 +72,17 @@ class Tiled(Inference):
 
 
 class SlidingWindow(Tiled):
-    """Windows that overlap, as large as the crops of training; where they do, their logits are averaged.
+    """Windows that overlap, as large as the training crops. In the overlap their logits are averaged.
 
-    Beside a batch of windows, the device holds the logits that are not finished yet, those of the overlap with the next
-    row of windows: 4 bytes x num_classes x `crop` x `overlap` x the image's width.
+    Apart from a batch of windows, the device holds the logits of the overlap with the next row of windows:
+    4 bytes x num_classes x `crop` x `overlap` x the image's width.
 
     Args:
         crop: side of a window in pixels; a window is never larger than the image.
-        overlap: of neighbours, at least, as a share of `crop`; 1/3 in the code of the PSPNet paper.
-        blend: ``average`` weighs all pixels of a window alike, ``gaussian`` those in its middle more, with a standard
+        overlap: least overlap of neighbours, as a share of `crop`; 1/3 in the code of the PSPNet paper.
+        blend: ``average`` weighs all pixels of a window alike; ``gaussian`` weighs its middle more, with a standard
             deviation of an eighth of its side (nnU-Net, Isensee et al., 2021).
-        batch_size: windows that the network sees at once.
+        batch_size: number of windows that the network sees at once.
 
     Raises:
         UserError: for a crop or batch below 1, an overlap outside [0, 1), or an unknown blend.
@@ -104,16 +104,16 @@ class SlidingWindow(Tiled):
         self.crop, self.overlap, self.blend, self.batch_size = crop, overlap, blend, batch_size
 
     def blocks(self, model: Any, read: Read, height: int, width: int) -> Iterator[Block]:
-        """See `Tiled`; a block ends where the next window begins."""
+        """Yield the logits of windows, see `Tiled`; a block ends where the next window begins."""
         h, w = min(self.crop, height), min(self.crop, width)
         tops, lefts = positions(height, self.crop, self.overlap), positions(width, self.crop, self.overlap)
-        bottoms, rights = [*tops[1:], height], [*lefts[1:], width]  # of what no later window touches
+        bottoms, rights = [*tops[1:], height], [*lefts[1:], width]  # of the pixels that no later window covers
         row_shares, column_shares = shares(tops, h, height, self.blend), shares(lefts, w, width, self.blend)
         most = max(top + h - bottom for top, bottom in zip(tops, bottoms, strict=True))
-        below: Tensor | None = None  # (N, K, most, W), what the last row of windows says about pixels of this one
-        overlap = 0  # rows of it that say something
+        below: Tensor | None = None  # (N, K, most, W), logits of the last row of windows for pixels of this row
+        overlap = 0  # rows of `below` that are in use
         for top, bottom, row_share in zip(tops, bottoms, row_shares, strict=True):
-            beside: Tensor | None = None  # what the last window says about pixels of this one
+            beside: Tensor | None = None  # logits of the last window for pixels of this window
             windows = self.windows(model, read, (top, top + h), [(left, left + w) for left in lefts])
             for left, right, column_share, logits in zip(lefts, rights, column_shares, windows, strict=True):
                 logits = logits * (row_share[:, None] * column_share).to(logits.device)
@@ -130,22 +130,23 @@ class SlidingWindow(Tiled):
     def windows(
         self, model: Any, read: Read, rows: tuple[int, int], columns: Sequence[tuple[int, int]]
     ) -> Iterator[Tensor]:
-        """Logits ``(N, K, h, w)`` of a row of windows, from left to right, in float32 also where autocast is on."""
+        """Yield logits ``(N, K, h, w)`` of a row of windows from left to right, in float32 even with autocast."""
         for start in range(0, len(columns), self.batch_size):
             pixels = [read(*rows, *sides) for sides in columns[start : start + self.batch_size]]
             yield from model(torch.cat(pixels)).float().split(len(pixels[0]))
 
 
 class MultiScaleFlip(Inference):
-    """The mean of the probabilities over scales of the image and its mirror images (DeepLab v3, section 4).
+    """The mean of the probabilities over several scales of the image and its mirror images (DeepLab v3, section 4).
 
     Args:
         scales: factors on the image's size; the default is DeepLab v3's.
-        flip: also look at each mirrored left to right.
-        inference: how each of these images is seen; None is `Whole`. With `SlidingWindow`, PSPNet's protocol.
+        flip: also look at each image mirrored left to right.
+        inference: how logits are computed for each of these images; None is `Whole`. `SlidingWindow` gives PSPNet's
+            protocol.
 
     Raises:
-        UserError: without scales, or for one that is not above 0.
+        UserError: if there is no scale, or one that is not above 0.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class MultiScaleFlip(Inference):
         self.scales, self.flip, self.inference = scales, flip, inference or Whole()
 
     def __call__(self, model: Any, image: Tensor) -> Tensor:
-        """Logits whose probabilities are the mean; see `Inference`."""
+        """Return logits whose probabilities are the mean; see `Inference`."""
         size = tuple(image.shape[-2:])
         probs: Any = 0
         for scale in self.scales:
@@ -200,14 +201,14 @@ def evaluate(model: Any, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def positions(length: int, crop: int, overlap: float) -> list[int]:
-    """Where windows begin along a side of the image: evenly from border to border, with at least this overlap."""
+    """Return where windows begin along a side: evenly from border to border, with at least this overlap."""
     step, room = max(1, round(crop * (1 - overlap))), max(0, length - crop)
     gaps = -(-room // step)
     return [round(i * room / max(1, gaps)) for i in range(gaps + 1)]
 
 
 def shares(starts: Sequence[int], crop: int, length: int, blend: str) -> list[Tensor]:
-    """The share that each window has in the pixels that it covers along a side ``(crop,)``; a pixel's add up to 1."""
+    """Return each window's share ``(crop,)`` in the pixels that it covers along a side; a pixel's shares sum to 1."""
     weight = torch.ones(crop)
     if blend == "gaussian":  # at the ends still 3e-4
         weight = torch.exp(-0.5 * ((torch.arange(crop) - (crop - 1) / 2) / (crop / 8)) ** 2)
@@ -229,14 +230,14 @@ def mirror(image: Tensor, above: int, below: int, left: int, right: int) -> Tens
 
 
 def read_mirrored(read: Read, height: int, width: int, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """Read a window that reaches over the borders of a mirrored image: the part inside it, as `mirror` repeats it."""
+    """Read a window that may reach over the image's borders, where the image is mirrored as in `mirror`."""
     y, x = reflect(*rows, height), reflect(*columns, width)
     top, left = int(y.min()), int(x.min())
     return read(top, int(y.max()) + 1, left, int(x.max()) + 1)[..., (y - top)[:, None], x - left]
 
 
 def reflect(start: int, stop: int, length: int) -> Tensor:
-    """The pixels 0 .. length - 1 at the positions from start to stop of a mirrored line."""
+    """Return the pixels, 0 to length - 1, at the positions from start to stop of a mirrored line."""
     position = torch.arange(start, stop)
     period = max(1, 2 * (length - 1))  # there and back again; the border pixel is not doubled
     position = position - position // period * period  # the remainder, which ONNX takes of constants alone
@@ -244,7 +245,7 @@ def reflect(start: int, stop: int, length: int) -> Tensor:
 
 
 def resize(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear interpolation of images or score maps to (height, width), unless they have it already."""
+    """Interpolate images or score maps to (height, width), unless they have that size (bilinear)."""
     if scores.shape[-2:] == tuple(size):
         return scores
     return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)

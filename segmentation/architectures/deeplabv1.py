@@ -63,7 +63,7 @@ class DeepLabV1(SegmentationModule):
         multi_scale: add `MultiScale`, which makes DeepLab-MSc (section 4.3). ``weights`` may be a plain network's.
         train_only_multi_scale: train only the layers that `multi_scale` adds, as the paper does.
         base_channels: width of the first stage, 64 in the paper; all others scale with it.
-        weights: ``imagenet`` (torchvision's VGG-16, fc6 and fc7 subsampled as in section 3.1), a path, or None.
+        weights: ``imagenet`` (torchvision's VGG-16, with fc6 and fc7 subsampled as in section 3.1), a path, or None.
         **kwargs: see `SegmentationModule`.
 
     Shape:

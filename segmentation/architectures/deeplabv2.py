@@ -110,15 +110,15 @@ class DeepLabV2(SegmentationModule):
         stride_in_1x1: put a ResNet's stride in the first 1x1 convolution of a block, as in Caffe's ResNets, not in the
             3x3 convolution. None takes what `weights` need, otherwise True; ``imagenet`` needs False.
         base_channels: width of the first stage, 64 in the paper; all others scale with it.
-        weights: ``imagenet`` (backbone, and fc6 and fc7 of VGG-16, subsampled as in DeepLab v1), a path, or None.
+        weights: ``imagenet`` (backbone; for VGG-16 also fc6 and fc7, subsampled as in DeepLab v1), a path, or None.
         **kwargs: see `SegmentationModule`.
 
     Shape:
         image ``(N, C, H, W)`` -> logits ``(N, num_classes, H, W)``.
 
-    Differs from the paper: scores are interpolated with their corners not aligned, and labels are subsampled at the
-    middle of their blocks, as in kazuto1011/deeplab-pytorch, whose weights are published; not initialised from COCO
-    unless ``weights`` are; batch norm that is not frozen decays its statistics by 0.9 a step instead of 0.999.
+    Differs from the paper: scores are interpolated with corners not aligned, and labels are subsampled at the middle of
+    their blocks, as in kazuto1011/deeplab-pytorch, whose weights are published. Training starts from COCO only if
+    ``weights`` do. Batch norm that is not frozen decays its statistics by 0.9 a step instead of 0.999.
 
     Raises:
         UserError: for an unknown backbone, a rate below 1, or scales that are not positive or lack 1.0.

@@ -1,4 +1,4 @@
-"""DeepLab v3: parallel atrous convolutions of several rates and the image's mean, side by side.
+"""DeepLab v3: parallel atrous convolutions of several rates and the image's mean, concatenated.
 
 L.-C. Chen, G. Papandreou, F. Schroff, H. Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017,
 arXiv 1706.05587.
@@ -20,7 +20,7 @@ from .backbones.resnet import Bottleneck, ResNet
 
 
 class ImagePooling(nn.Sequential):
-    """Image-level feature: the mean over all positions through a 1x1 convolution, spread over the map again."""
+    """Image-level feature: the mean over all positions, through a 1x1 convolution, copied to every position."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, channels))
@@ -36,8 +36,8 @@ class ASPP(nn.Module):
         in_channels: channels of the backbone's last stage, 2048 for a ResNet.
         atrous_rates: dilations of the 3x3 branches in feature-map pixels: (6, 12, 18) at output stride 16, twice that
             at 8. On a 33x33 map (513 px at stride 16) rate 36 sees only its centre tap.
-        channels: of every branch and of the result.
-        dropout: after the fusion.
+        channels: channels of every branch and of the result.
+        dropout: rate after the fusion.
 
     Shape:
         ``(N, in_channels, h, w)`` -> ``(N, channels, h, w)``.
@@ -65,7 +65,7 @@ class CascadedModules(nn.Sequential):
     """block5, block6 and block7: copies of the ResNet's last block, deeper with atrous convolution (section 3.2).
 
     Args:
-        channels: of the features, 2048 for a ResNet.
+        channels: channels of the features, 2048 for a ResNet.
         rate: dilation of the ResNet's last block, 2 at output stride 16; it doubles with each further block, as each
             would have halved the resolution (Figure 3b).
         multi_grid: factors on the rate of the three convolutions of each block (section 3.2.1).
@@ -86,17 +86,18 @@ class DeepLabV3(SegmentationModule):
     """ResNet or MobileNetV3 with ASPP, in torchvision's layout, or the paper's with ASPP or cascaded modules.
 
     Args:
-        num_classes: output channels.
+        num_classes: number of output channels.
         backbone: ``resnet50``, ``resnet101`` or ``mobilenet_v3_large``.
-        layout: ``torchvision``, with its key names; or ``paper``: multi-grid, every 3x3 of a dilated stage dilated
+        layout: ``torchvision``, with its key names; or ``paper``: multi-grid, all blocks of a dilated stage dilated
             alike, and a 1x1 classifier right after ASPP (ResNets only).
         cascade: three further blocks in a row instead of ASPP (section 3.2), in the paper's layout.
-        output_stride: input pixels per feature: 8 or 16 for a ResNet, 16 for MobileNetV3. None takes torchvision's 8,
-            or the 16 that the paper trains with; an evaluation at 8 is the same weights under ``output_stride: 8``.
-        atrous_rates: of ASPP; None takes (12, 24, 36), and (6, 12, 18) for a ResNet at output stride 16.
-        multi_grid: factors on the dilations of the last block; None takes none for torchvision, (1, 2, 4) for ASPP and
-            (1, 2, 1) for the cascade, which were best in Tables 3 and 5.
-        aux_loss_weight: weight of a second head's loss, on ``layer3`` or at stride 8 of MobileNetV3; 0 builds none.
+        output_stride: input pixels per feature: 8 or 16 for a ResNet, 16 for MobileNetV3. None is torchvision's 8, or
+            16 in the paper's layout; to evaluate at 8, load the same weights with ``output_stride: 8``.
+        atrous_rates: dilations of ASPP; None is (12, 24, 36), and (6, 12, 18) for a ResNet at output stride 16.
+        multi_grid: factors on the dilations of the last block; None is no factors for torchvision, (1, 2, 4) for ASPP
+            and (1, 2, 1) for the cascade, which were best in Tables 3 and 5.
+        aux_loss_weight: weight of a second head's loss, on ``layer3`` or at stride 8 of MobileNetV3; 0 builds no
+            second head.
         base_channels: width of the ResNet's first stage, 64 in the paper; all others, and the head's, scale with it.
         weights: ``imagenet`` (backbone), ``coco`` (torchvision's network, 21 VOC classes), a path, or None.
         **kwargs: see `SegmentationModule`.
@@ -106,12 +107,12 @@ class DeepLabV3(SegmentationModule):
 
     Differs from the paper: batch norm's statistics decay by 0.9 a step instead of 0.9997; block5 to block7 start from
     random weights. The second stage of training, with frozen batch norm at output stride 8, is a second run with
-    ``weights`` and ``freeze_bn``. Torchvision's layout also has no multi-grid, a further 3x3 convolution after ASPP,
-    Dropout, an auxiliary head, and for MobileNetV3 the rates of stride 8 at stride 16.
+    ``weights`` and ``freeze_bn``. Torchvision's layout differs more: no multi-grid, a further 3x3 convolution after
+    ASPP, dropout, an auxiliary head, and for MobileNetV3 at stride 16 the rates of stride 8.
 
     Raises:
-        UserError: for an unknown backbone or layout, an output stride that the backbone does not have, or the paper's
-            layout or cascade where there is none.
+        UserError: for an unknown backbone or layout, an output stride that the backbone does not have, or if `layout`
+            or `cascade` do not go with the backbone.
     """
 
     def __init__(
