@@ -90,7 +90,7 @@ class EvaluationMetric(EvaluationCallback):
     needs more than labels also overrides `update`.
 
     Example:
-        A file ``kappa.py``; a config adds it under ``trainer.callbacks+`` with ``class_path: kappa.Kappa``::
+        A file ``kappa.py`` in a folder of ``PYTHONPATH``; ``--trainer.callbacks+=kappa.Kappa`` adds it to a run::
 
             from torchmetrics.classification import MulticlassCohenKappa
 
