@@ -28,7 +28,7 @@ class Loss(nn.Module):
         """Return the mean over pixels.
 
         Args:
-            logits: of the network.
+            logits: the network's output.
             mask: labels; 255 is ignored.
             pixel_weight: a further factor on each pixel, such as U-Net's border map.
 

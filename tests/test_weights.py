@@ -151,6 +151,14 @@ def test_an_argument_that_contradicts_a_published_file_is_an_error(tmp_path):
     assert UNet(3, base_channels=4, up="bilinear", weights=str(tmp_path / "x.pth")).hparams.up == "bilinear"
 
 
+def test_a_subclass_reads_the_files_of_its_paper(tmp_path):
+    class Mine(UNet):
+        pass
+
+    torch.save(milesial(bilinear=True), tmp_path / "x.pth")
+    assert Mine(3, base_channels=4, weights=str(tmp_path / "x.pth")).hparams.up == "bilinear"
+
+
 def milesial(bilinear: bool) -> dict[str, torch.Tensor]:
     """Our U-Net's weights under milesial's names."""
     names = {"down1": "inc", "bottom": "down4.maxpool_conv.1", "classifier": "outc.conv"}

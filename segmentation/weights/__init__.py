@@ -98,8 +98,7 @@ def read_weights(path: str, network: str) -> Weights:
         network: name of our class.
 
     Raises:
-        UserError: if there is no such file.
-        UserError: if the file holds no state dict, or one of another architecture; the message names both.
+        UserError: if there is no such file, or it holds no state dict, or one of another architecture; names both.
     """
     if path in ("imagenet", "coco"):
         raise UserError(f"weights: nobody has published '{path}' weights for this {network}: name a file, or null")
@@ -169,7 +168,8 @@ def load_file(network: nn.Module, path: str, new_layers: Sequence[str] = (), opt
         new_layers: see `load_weights`.
         optional: see `load_weights`.
     """
-    file = read_weights(path, type(network).__name__)
+    papers = (cls for cls in type(network).__mro__ if cls.__module__.startswith("segmentation.architectures."))
+    file = read_weights(path, next(papers, type(network)).__name__)  # a subclass reads its paper's files
     if file.pixels:
         rank_zero_info(f"weights of {file.source} were trained on {file.pixels}")
     load_weights(network, file.state, file.source, new_layers, optional)
