@@ -251,7 +251,7 @@ class SegmentationDataModule(L.LightningDataModule):
             raise UserError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
         unmatched = [text for sample in samples if (text := sample.missing()) is not None]
         if unmatched:
-            raise UserError(unmatched[0] + (f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""))
+            raise UserError(unmatched[0] + (f" (and {len(unmatched) - 1} more like it)" if len(unmatched) > 1 else ""))
         expected = self.expected_counts.get(split, len(samples))
         if len(samples) != expected:
             rank_zero_info(
@@ -397,7 +397,11 @@ def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:
     """Build distinct colours for any number of classes: PASCAL VOC's map spreads the bits of a label over RGB."""
     colours = []
     for label in range(num_classes):
-        bits = [[(label >> (3 * position + channel)) & 1 for position in range(8)] for channel in range(3)]
-        red, green, blue = (sum(bit << (7 - position) for position, bit in enumerate(channel)) for channel in bits)
+        red = green = blue = 0
+        for position in range(8):
+            bits = label >> 3 * position
+            red |= (bits & 1) << 7 - position
+            green |= (bits >> 1 & 1) << 7 - position
+            blue |= (bits >> 2 & 1) << 7 - position
         colours.append((red, green, blue))
     return colours

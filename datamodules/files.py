@@ -57,9 +57,9 @@ class Sample:
     def missing(self) -> str | None:
         """Return a sentence that names the missing one of the two files, or None if both exist."""
         if self.image is not None and not self.image.is_file():
-            return f"the mask {self.mask} has no partner: there is no image {self.image}"
+            return f"the mask {self.mask} has no partner: there is no image {self.image}; add it or remove the mask"
         if self.mask is not None and not self.mask.is_file():
-            return f"the image {self.image} has no partner: there is no mask {self.mask}"
+            return f"the image {self.image} has no partner: there is no mask {self.mask}; add it or remove the image"
         return None
 
 

@@ -1,4 +1,4 @@
-"""The data doctor: a clean tree passes, and every way to break one is found and named."""
+"""The data doctor: a clean tree passes, and every defect is found and named."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def rotated(path: Path, orientation: int) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """The same pixels in another kind of file."""
+    """Save the same pixels in another kind of file."""
     target.unlink(missing_ok=True)
     Image.open(source).save(target.with_suffix(".png" if target.suffix == ".jpg" else target.suffix))
 
@@ -376,7 +376,7 @@ def test_a_test_split_alone_does_not_stop_training(tmp_path):
 
 def test_published_counts_are_compared(tmp_path):
     data = folder(draw_tree(tmp_path / "tree", COUNTS))
-    data.expected_counts, data.palette = {"train": 7, "val": 3}, ()  # a data set need not have colours either
+    data.expected_counts, data.palette = {"train": 7, "val": 3}, ()  # a data set may have no colours
     found = examine(data)
     assert [str(f) for f in found.findings] == ["'train' has 6 images, 7 are published"]
     assert "palette" not in yaml_block(found) and "#800000" in page_html(found)
@@ -385,7 +385,7 @@ def test_published_counts_are_compared(tmp_path):
 def test_drawn_data_needs_no_files(tmp_path):
     found = examine(SyntheticScenes(size=(32, 48), num_train=8, num_val=4, num_test=4, batch_size=8))
     assert not found.failed and len(found.facts) == 16 and found.of("train")[0].file() == "train_00000"
-    assert "class_names" not in yaml_block(found)  # they are the data set's own
+    assert "class_names" not in yaml_block(found)  # the data set states them
     assert page_html(found).count("data:image/png") >= 8
 
 
@@ -443,7 +443,7 @@ def test_the_command_fails_where_training_would(tree, tmp_path, monkeypatch, cap
 
 @pytest.mark.slow
 def test_a_process_of_its_own_mends_a_config(tmp_path):
-    """found.yaml as one more --config, and a run's config with its keys."""
+    """found.yaml is given as one more --config, and a run's config.yaml is accepted."""
     root = draw_tree(tmp_path / "tree", COUNTS)
     each_mask(root, lambda mask: ((mask == 1) * 255).astype(np.uint8))
     file = config(tmp_path, root, class_names="class_names: [a, b]", palette="palette: null")

@@ -1,4 +1,4 @@
-"""Reading, transforms, samplers and folders, against values computed by hand."""
+"""Reading, transforms, samplers, folders and downloads, compared with values computed by hand."""
 
 import hashlib
 import io
@@ -48,7 +48,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, monkeypatch):
     first = dataset[(3, 5)]
     state = torch.random.get_rng_state()
     dataset[(0, 0)]
-    assert torch.equal(state, torch.random.get_rng_state())  # reading leaves the run's own generator alone
+    assert torch.equal(state, torch.random.get_rng_state())  # reading does not change the run's generator
     torch.manual_seed(99)
     assert torch.equal(first["image"], dataset[(3, 5)]["image"])
     assert not torch.equal(first["image"], dataset[(4, 5)]["image"])
@@ -58,7 +58,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tree, monkeypatch):
 
 
 def test_image_and_mask_move_together():
-    """An image that is its own mask stays its own mask, whatever the window."""
+    """An image that equals its mask still equals it in every window."""
     labels = (torch.arange(60)[:, None] // 12 + torch.arange(90) // 15).byte() * 20
     crop = RandomScaleCrop((40, 52), (1.0, 1.0), fill=(255,))
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def test_image_and_mask_move_together():
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 1.7])
 def test_crop_first_equals_scaling_the_whole_image_away_from_the_border(scale):
-    """Against torchvision's usual order on a smooth picture, within a grey level or two."""
+    """A smooth image equals torchvision's, which scales before it crops, within a few grey levels."""
     y, x = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
     picture = torch.stack([x + y, 2 * y, 255 - x]).round().byte()
     crop = RandomScaleCrop(40, (scale, scale), fill=(0, 0, 0))
@@ -249,7 +249,7 @@ def test_pictures_of_different_sizes_do_not_stack():
         collate(items)
 
 
-# What is kept
+# The cache
 
 
 @pytest.mark.parametrize("cache", ["memory", "folder"])
@@ -280,7 +280,7 @@ def test_cache_stops_at_its_budget_and_notices_a_new_file(tree, tmp_path):
     assert data.datasets["train"].read(0)[1].unique().tolist() == [2]
 
 
-# Weight maps and transforms, wired in
+# Weight maps and transforms together
 
 
 def test_weight_maps_go_with_their_pictures(tree):
@@ -317,12 +317,12 @@ def test_rare_class_crops_need_a_crop():
         Folder("x", max_class_share=0.5)
 
 
-# Downloads, from a server of our own
+# Downloads from a local server
 
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder served on a free port, whose connections break after `limit` bytes; and the ranges asked for."""
+    """Serve a folder on a free port; connections break after `limit` bytes, and `asked` lists the ranges."""
     import http.server
     import threading
 
@@ -349,7 +349,7 @@ def server(tmp_path):
 
 
 def archive(path, members: dict[str, bytes]) -> str:
-    """Write a tar or zip archive, and give its checksum."""
+    """Write a tar or zip archive, and return its checksum."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as file:
             for name, content in members.items():
@@ -400,4 +400,4 @@ def test_only_what_may_be_fetched_is(tmp_path):
 
     with pytest.raises(ValueError, match=r"Cityscapes cannot be downloaded for you: https://www.cityscapes"):
         Cityscapes(tmp_path, download=True).prepare_data()
-    Cityscapes(tmp_path).prepare_data()  # asks for nothing
+    Cityscapes(tmp_path).prepare_data()  # downloads nothing

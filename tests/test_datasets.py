@@ -1,4 +1,4 @@
-"""Every public data set, read from a tree drawn in its owner's layout; nothing is downloaded."""
+"""Every public data set, read from a tree that is drawn in its owner's layout; nothing is downloaded."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ from datamodules.errors import UserError
 
 
 def read(data: SegmentationDataModule, split: str, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair of a split, as labels."""
+    """Read an image and its labels from a split."""
     data.setup("fit" if split == "train" else "validate")
     return data.datasets[split].read(index)
 
@@ -67,6 +67,11 @@ def test_facts_are_stated(cls):
             cls().samples("train")
 
 
+def test_stated_mean_and_std_differ_from_the_default():
+    assert ISBIEM().stated_mean_std == ((0.4908,), (0.1708,))
+    assert VOC().stated_mean_std is None and Wildfire().stated_mean_std is None  # ImageNet's, and unknown
+
+
 # PASCAL VOC
 
 
@@ -81,7 +86,7 @@ def test_voc_train_and_val(tmp_path):
 
 
 def test_voc_trainaug_from_masks_of_sbd(tmp_path):
-    """All of VOC train and of SBD's two lists, without VOC val."""
+    """The split holds all images of VOC's train and of SBD's two lists, without VOC's val."""
     from scipy.io import savemat
 
     draw_voc(tmp_path)
@@ -121,7 +126,7 @@ def test_cityscapes(tmp_path, kind):
     image, mask = read(data, "train")
     assert image.shape == (3, HEIGHT, WIDTH) and set(mask.unique().tolist()) == {*range(19), 255}
     assert data.samples("train")[0].name == "aachen/aachen_000000_000019"
-    if kind == "labelIds":  # of the labels' table: 7 road, 26 car, 33 bicycle, 3 out of roi, 14 guard rail
+    if kind == "labelIds":  # label ids of the owner's table: 7 road, 26 car, 33 bicycle, 3 out of roi, 14 guard rail
         stored = torch.from_numpy(labels(0, [*range(34), 255]))
         assert [mask[stored == i].unique().tolist() for i in (7, 26, 33, 3, 14)] == [[0], [13], [18], [255], [255]]
 
@@ -321,7 +326,7 @@ def test_coco_draws_all_forms_alike(form):
 
 
 def test_coco_as_torchvision_makes_voc_of_it(tmp_path):
-    """Background 0, the twenty in VOC's order, 255 where two objects lie; nearly empty images only evaluated."""
+    """Background is 0, classes are in VOC's order, two objects give 255, nearly empty images are not trained on."""
     draw_coco(tmp_path)
     data = COCO(tmp_path, batch_size=1)
     assert [s.name for s in data.samples("train")] == ["000000000000"] and len(data.samples("val")) == 4
@@ -388,7 +393,7 @@ def test_recycling_in_batches_and_taco_in_one_file(tmp_path):
         Recycling(taco).samples("train")
 
 
-# Folder's own ways
+# Folder
 
 
 def test_folder_pairs_by_suffix_in_one_folder(tmp_path):
@@ -505,11 +510,11 @@ def test_folder_of_many_bands(tmp_path, form, dtype):
     assert batch["image"].shape == (2, 2, 16, 16) and str(batch["image"].dtype).endswith(dtype)
     with pytest.raises(ValueError, match=r"it has the bands 0 to 4, but data.bands names 7"):
         Folder(tmp_path, ["a", "b"], bands=[7], batch_size=1).setup("fit")
-    with pytest.raises(ValueError, match=r"\d\.(tif|npy).* bands.* so choose some in data\.bands"):
+    with pytest.raises(ValueError, match=r"\d\.(tif|npy).* bands.* so choose some in data\.bands$"):
         Folder(tmp_path, ["a", "b"], batch_size=1).setup("fit")
 
 
-def test_lonely_files_are_listed_and_end_setup(tmp_path):
+def test_unmatched_files_are_listed_and_end_setup(tmp_path):
     save(tmp_path / "images/a.jpg", picture(1))
     save(tmp_path / "images/b.jpg", picture(2))
     save(tmp_path / "masks/b.png", labels(1, [0, 1]))
@@ -517,7 +522,7 @@ def test_lonely_files_are_listed_and_end_setup(tmp_path):
     data = Folder(tmp_path, ["a", "b"], val_fraction=0.3, test_fraction=0, batch_size=1)
     everything = data.samples("train") + data.samples("val")
     assert sorted(s.name for s in everything if s.missing() is None) == ["b"] and len(everything) == 3
-    with pytest.raises(ValueError, match="has no partner"):
+    with pytest.raises(ValueError, match=r"has no partner: there is no \w+ .*; add it or remove the \w+"):
         data.setup("fit")
 
 

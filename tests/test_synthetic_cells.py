@@ -1,4 +1,4 @@
-"""SyntheticCells draws the same valid pictures everywhere, and most cells touch or nearly touch another."""
+"""SyntheticCells draws the same valid images everywhere, and most cells nearly touch a neighbour."""
 
 import ast
 import hashlib
@@ -49,7 +49,7 @@ def test_splits_share_no_picture():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_instances_and_mask_agree(size):
-    """Every cell is one connected piece of at least 40 pixels with a number of its own, and no two touch."""
+    """Every cell is one connected piece of at least 40 pixels and has one number, and no two cells touch."""
     data = SyntheticCells(size=size, num_val=4)
     for sample in data.samples("val"):
         image, mask = sample.read()
@@ -59,7 +59,7 @@ def test_instances_and_mask_agree(size):
         assert torch.equal(mask == 1, cells > 0) and int(mask.max()) <= 1
         numbers, counts = cells.unique(return_counts=True)
         assert numbers.tolist() == list(range(len(numbers))) and counts.min() >= 40
-        pieces, found = ndimage.label(mask.numpy(), np.ones((3, 3)))  # corners count: a gap is nowhere broken
+        pieces, found = ndimage.label(mask.numpy(), np.ones((3, 3)))  # corners connect: no gap is broken
         assert found == cells.max()
         assert len(np.unique(np.stack([pieces, cells.numpy()]).reshape(2, -1), axis=1).T) == found + 1
         assert torch.equal(border_weights(mask), border_weights(mask, cells))
@@ -84,7 +84,7 @@ def test_most_cells_nearly_touch_another():
 
 
 def test_grey_alone_does_not_tell_cells():
-    """Neither is the brighter one in every picture, and on average they differ by few grey levels."""
+    """Cells and ground take turns at being brighter, and on average they differ by few grey levels."""
     differences, shares = [], []
     for index in range(12):
         image, cells = draw_cells(0, index, (256, 256))
@@ -95,7 +95,7 @@ def test_grey_alone_does_not_tell_cells():
 
 
 def test_drawing_uses_integers_only():
-    """No line of the drawing divides or names a float, and no variable of it ever holds one."""
+    """No line of the drawing divides or names a float, and no variable in it ever holds one."""
     with open(synthetic_cells.__file__, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""SyntheticScenes draws the same valid pictures everywhere, and context alone tells a boat from a car."""
+"""SyntheticScenes draws the same valid images everywhere, and only context distinguishes a boat from a car."""
 
 import ast
 import hashlib
@@ -15,7 +15,7 @@ SIZES = [(32, 32), (33, 47), (32, 200), (200, 32), (96, 96), (128, 128), (256, 1
 
 
 def checksum(**arguments):
-    """Hash the first four pictures and masks of each split."""
+    """Hash the first four images and masks of each split."""
     data, digest = SyntheticScenes(num_train=4, num_val=4, num_test=4, **arguments), hashlib.sha256()
     for split in ("train", "val", "test"):
         for sample in data.samples(split):
@@ -100,7 +100,7 @@ def test_surfaces_share_their_colours():
 
 
 def test_drawing_uses_integers_only():
-    """No line of the drawing divides or names a float, and no variable of it ever holds one."""
+    """No line of the drawing divides or names a float, and no variable in it ever holds one."""
     with open(synthetic_scenes.__file__, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     for node in ast.walk(tree):

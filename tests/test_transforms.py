@@ -1,4 +1,4 @@
-"""Joint transforms: image, mask and weight stay on each other, for any bands and dtype, against values made by hand."""
+"""Joint transforms move image, mask and pixel weights together, for any number of bands and any dtype."""
 
 import math
 
@@ -24,7 +24,7 @@ BLANK = {"fill": (255,)}
 
 
 def triple(dtype: torch.dtype, height: int = 48, width: int = 48, bands: int = 10) -> tuple:
-    """An image whose every band is its own mask, the mask, and a weight that is the label plus 1; no label is 255."""
+    """Build an image whose bands equal its mask, the mask, and pixel weights of label plus 1; no label is 255."""
     labels = torch.arange(height)[:, None] // 5 * 10 + torch.arange(width) // 7
     image = labels.to(dtype).expand(bands, height, width).clone()
     return tv_tensors.Image(image), tv_tensors.Mask(labels.short()), PixelWeight(labels.float() + 1)
@@ -37,7 +37,7 @@ def assert_aligned(mask: Tensor, weight: Tensor) -> None:
 
 
 def displace(dx: float, dy: float) -> v2.Transform:
-    """An elastic deformation whose field is the same everywhere."""
+    """Build an elastic deformation whose field is the same everywhere."""
     elastic = ElasticDeformation(fill=(255,))
     elastic.make_params = (
         lambda inputs: {  # type: ignore[method-assign]
@@ -84,7 +84,7 @@ def test_flip_and_quarter_turn_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_constant_field_shifts_the_picture(dtype):
-    """A pixel comes from (x + dx, y + dy), so the picture moves against the field."""
+    """A pixel comes from (x + dx, y + dy), so the image moves against the field."""
     image, mask, weight = triple(dtype, 20, 30)
     moved, labels, factors = displace(5, -3)(image, mask, weight)
     expected = torch.full((20, 30), 255, dtype=torch.int16)
@@ -144,7 +144,7 @@ def test_elastic_grid_has_the_papers_spread():
     assert (points.std((0, 1, 2)) - 10).abs().max() < 0.4  # standard error 0.12
     assert points.mean().abs() < 0.4 and (points.std(0) - 10).abs().max() < 1.6
     apart = torch.stack([points[:, i, j, k] for i in range(3) for j in range(3) for k in range(2)]).corrcoef()
-    assert (apart - torch.eye(18)).abs().max() < 0.25  # every point moves on its own, along x and y
+    assert (apart - torch.eye(18)).abs().max() < 0.25  # points move independently, along x and y
     steps = fields.diff(dim=2).abs().max()
     assert steps < 4, "smooth between the points"
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def test_labels_and_weights_stay_aligned_whatever_is_drawn(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scaling_keeps_dtype_and_bands(dtype):
-    """Against the same picture as float; deep values do not wrap."""
+    """Integers equal the same image as floats; large values do not wrap around."""
     torch.manual_seed(1)
     top = 60000 if dtype == torch.uint16 else 255 if dtype == torch.uint8 else 30000
     floats = torch.rand(10, 30, 40) * top
@@ -233,7 +233,7 @@ def test_a_window_of_one_class_is_drawn_again_ten_times_then_kept(share, draws, 
     mask = torch.zeros(20, 20, dtype=torch.int16)
     _, mask = crop(tv_tensors.Image(torch.zeros(3, 20, 20)), tv_tensors.Mask(mask))
     assert len(count) == 2 * draws and mask.shape == (8, 8)
-    assert crop(tv_tensors.Image(torch.zeros(3, 20, 20))).shape == (3, 8, 8)  # nothing labelled, nothing to count
+    assert crop(tv_tensors.Image(torch.zeros(3, 20, 20))).shape == (3, 8, 8)  # without a mask, no label is counted
 
 
 @pytest.mark.parametrize(
