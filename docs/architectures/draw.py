@@ -389,8 +389,8 @@ UNET3PLUS = Drawing(
         *(Arrow(f"d{n}", f"side{n}", "training") for n in (2, 3, 4)),
         Arrow("e5", "side5", "training"),
         Arrow("image", "e1"),
-        *(Arrow(f"e{n}", f"e{n + 1}", "flow") for n in range(1, 4)),
-        Arrow("e4", "e5", "flow", "along"),
+        *(Arrow(f"e{n}", f"e{n + 1}", "down") for n in range(1, 4)),
+        Arrow("e4", "e5", "down", "along"),
         *(Arrow(f"e{n}", f"d{m}", "down", "line") for n in range(1, 4) for m in range(n + 1, 5)),
         *(Arrow(f"e{n}", f"d{n}", "skip") for n in range(1, 5)),
         Arrow("e5", "d4", "up"),
@@ -400,10 +400,9 @@ UNET3PLUS = Drawing(
         Arrow("d1", "scores"),
     ],
     {
-        "flow": "max pooling 2 x 2, two 3 x 3",
-        "down": "max pooling 2, 4 or 8, 3 x 3",
+        "down": "max pooling by 2, 4 or 8, then 3 x 3",
         "skip": "3 x 3",
-        "up": "bilinear, 3 x 3",
+        "up": "bilinear, then 3 x 3",
         "training": "in training only",
     },
 )
