@@ -1,49 +1,97 @@
-"""What the command says when it cannot go on: one sentence, not a dump of types."""
+"""One sentence for each mistake in a command: what is wrong, and the nearest valid name."""
 
 import difflib
 import importlib
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
+from .errors import UserError
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+OTHER_NAMES = {"train": "fit", "evaluate": "test", "infer": "predict"}  # what other projects call Lightning's commands
+CLASSES = {  # where the classes for a key are found, so that a suggestion fits
+    "model": ["segmentation"],
+    "data": ["datamodules"],
+    "callbacks": ["segmentation.callbacks", "lightning.pytorch.callbacks"],
+    "logger": ["lightning.pytorch.loggers"],
+    "inference": ["segmentation.inference", "segmentation.architectures.unet"],
+    "optimizer": ["torch.optim"],
+    "lr_scheduler": ["torch.optim.lr_scheduler"],
+}
+PROBLEMS = {
+    r"ption '([^']+)' is not accepted|not accept option '([^']+)'|[Uu]nrecognized arguments: --([\w.]+)": "key",
+    r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'": "class",
+    r"invalid choice: '(\w+)'": "command",
+}
 
 
-def plain(message: str, classes: Sequence[type], commands: Sequence[Callable[..., Any]] = ()) -> str:
-    """Turn a parser's message into one sentence, with the nearest valid name for an unknown one.
+def plain(
+    message: str,
+    keys: Iterable[str] = (),
+    commands: Sequence[Callable[..., Any]] = (),
+) -> str:
+    """Turn a message of jsonargparse into one sentence, with the nearest valid name for an unknown one.
 
     Args:
-        message: what jsonargparse says.
-        classes: architectures, data sets and callbacks, whose names and arguments are valid.
-        commands: of our own, beside Lightning's, whose names and arguments are valid too.
+        message: the message of the parser.
+        keys: the keys of the parser that complains, such as ``base_channels`` of U-Net, or ``trainer.max_epochs``.
+        commands: our commands, valid beside Lightning's.
     """
-    patterns = {
-        r"ption '([^']+)' is not accepted|not accept option '([^']+)'|[Uu]nrecognized arguments: --([\w.]+)": "key",
-        r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'": "class",
-        r"invalid choice: '(\w+)'": "command",
-    }
-    for pattern, kind in patterns.items():
+    for pattern, kind in PROBLEMS.items():
         match = re.search(pattern, message)
         if match is None:
             continue
         wrong = next(group for group in match.groups() if group)
-        module = re.search(r"module '([\w.]+)' has no", message)
-        if kind == "command":
-            names = {"fit", "validate", "test", "predict", *(command.__name__ for command in commands)}
+        if kind == "key":
+            hint = nearest_key(wrong, set(keys))
         elif kind == "class":
-            names = set(dir(importlib.import_module(module[1]))) if module else {cls.__name__ for cls in classes}
+            hint = nearest(wrong, class_names(message))
         else:
-            names = {"trainer", "model", "data", "seed_everything", "writer", "ckpt_path", "config"}
-            for cls in (L.Trainer, *(base for c in classes for base in c.__mro__)):
-                names |= set(inspect.signature(vars(cls).get("__init__", object)).parameters)
-            for command in commands:
-                names |= set(inspect.signature(command).parameters)
-        parts = wrong.split(".")
-        lower = {name.lower(): name for name in sorted(names)}
-        near = [[lower[name] for name in difflib.get_close_matches(part.lower(), lower, n=1)] for part in parts]
-        hint = ".".join(match[0] if match else part for match, part in zip(near, parts, strict=True))
-        return f"unknown {kind} '{wrong}'" + (f": did you mean '{hint}'?" if hint != wrong else "")
-    if "required: " in message and ".model" in message:
-        return "no model given: name a config with --config FILE, or an architecture with --model CLASS"
+            own = [command.__name__ for command in commands]
+            hint = nearest(wrong, OTHER_NAMES | {name: name for name in (*LIGHTNING, *own)})
+        return f"unknown {kind} '{wrong}'" + (f": did you mean '{hint}'?" if hint else "")
     return " ".join(message.split())[:400]
+
+
+def nearest(wrong: str, names: Mapping[str, str] | Iterable[str]) -> str:
+    """Return the valid name that is written most like a wrong one, whatever its case; "" if none is near."""
+    names = names if isinstance(names, Mapping) else {name: name for name in names}
+    lower = {name.lower(): valid for name, valid in names.items()}
+    return next((lower[name] for name in difflib.get_close_matches(wrong.lower(), lower, n=1)), "")
+
+
+def nearest_key(wrong: str, keys: set[str]) -> str:
+    """Return the nearest valid key: of the same group, as ``trainer``, or with the group's name put right."""
+    group, dot, rest = wrong.partition(".")
+    groups = {key.partition(".")[0] for key in keys}
+    if group in groups:
+        return nearest(wrong, [key for key in keys if key.startswith(f"{group}.")])
+    right = nearest(group, groups)
+    return right and f"{right}{dot}{rest}"
+
+
+def class_names(message: str) -> list[str]:
+    """Return the names of the classes that are valid for the module or the key in a message."""
+    module = re.search(r"module '([\w.]+)' has no", message)
+    key = re.search(r'Parser key "(?:\w+\.)*(\w+)"', message)
+    paths = [module[1]] if module else CLASSES.get(key[1] if key else "", ())
+    return [name for path in paths for name in dir(importlib.import_module(path)) if name[0].isupper()]
+
+
+def sentence(error: BaseException | None, kinds: tuple[type[Exception], ...] = (UserError,)) -> str | None:
+    """Return the message of an error that the user can mend; None for any other, which keeps its traceback.
+
+    Args:
+        error: an exception of `kinds`, or one raised from it, as the parser raises one from a constructor's.
+        kinds: the classes of exceptions whose message is for the user.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, kinds):
+            return text.rpartition("UserError: ")[2].strip()  # a loader's worker puts its traceback before the message
+        if "of the Union subtypes" in text:  # an older parser only quotes the exception
+            quoted = re.findall(r"^ *- (?!Expected an? )(.+)$", text, re.MULTILINE)
+            return quoted[-1] if quoted else None
+        error = error.__cause__
+    return None

@@ -98,7 +98,7 @@ def test_the_file_says_what_it_is(arguments, dtype, size, tmp_path, capsys):
     model.palette[0] = [1, 2, 3]
     checkpoint = save(model, tmp_path / "net.ckpt")
     fresh = UNet(base_channels=4, **arguments)
-    export.export_network(fresh, checkpoint, "onnx", str(tmp_path / "new" / "net.onnx"), size, dtype)
+    export.export(None, fresh, checkpoint, "onnx", str(tmp_path / "new" / "net.onnx"), size, dtype)
     file = session(tmp_path / "new" / "net.onnx")
     about = {key: json.loads(value) for key, value in file.get_modelmeta().custom_metadata_map.items()}
     assert about["class_path"] == "segmentation.UNet" and UNet(**about["init_args"]).num_classes
@@ -150,7 +150,7 @@ def test_a_file_that_differs_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "write_onnx", lambda program, about, path: path.write_text("x"))
     monkeypatch.setattr(export, "read_onnx", lambda path: None)
     with pytest.raises(ValueError, match=r"net\.onnx differ from PyTorch's by 5\.0e-01, more than"):
-        export.export_network(UNet(2, base_channels=4), checkpoint, "onnx", None, 32, "uint8")
+        export.export(None, UNet(2, base_channels=4), checkpoint, "onnx", None, 32, "uint8")
     assert [path.name for path in tmp_path.iterdir()] == ["net.ckpt"]
 
 
@@ -180,15 +180,15 @@ def test_what_cannot_be_exported_is_said_plainly(tmp_path, monkeypatch, capsys):
         ({"size": [1, 2, 3]}, "--size is one side, or height and width"),
         ({"size": 0}, "--size is one side, or height and width"),
     ):
-        arguments = {"checkpoint": checkpoint, "format": "onnx", "output": None, "size": None, "dtype": "uint8"}
+        arguments = {"ckpt_path": checkpoint, "format": "onnx", "output": None, "size": None, "dtype": "uint8"}
         with pytest.raises(ValueError, match=message):
-            export.export_network(model, **{**arguments, **change})
+            export.export(None, model, **{**arguments, **change})
     torch.save({"model": {}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="holds no state_dict"):
-        export.export_network(model, str(tmp_path / "other.pth"), "onnx", None, None, "uint8")
+        export.export(None, model, str(tmp_path / "other.pth"), "onnx", None, None, "uint8")
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(ValueError, match=r"needs onnxscript: pip install 'lightning-segmentation\[export\]'"):
-        export.export_network(model, checkpoint, "onnx", None, None, "uint8")
+        export.export(None, model, checkpoint, "onnx", None, None, "uint8")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.ckpt")
     for path, message in (("bare.ckpt", "does not say how its model is built"), ("none.ckpt", "does not exist")):
         with pytest.raises(SystemExit):

@@ -26,6 +26,8 @@ ROOMS = {
         "pictures", "weights", "errors",
     },
     "segmentation/messages": {"errors"},
+    "segmentation/runs": {"checkpoints", "errors"},
+    "segmentation/parser": {"checkpoints", "commands", "messages", "errors"},
     "datamodules/errors": set(),
     "datamodules/files": {"errors"},
     "datamodules/download": {"errors"},

@@ -18,7 +18,7 @@ from PIL import Image
 from segmentation import UNet
 from segmentation.architectures.unet import OverlapTile
 from segmentation.commands import predict_tiff as large_image
-from segmentation.commands.predict_tiff import TiffReader, predict_tiff
+from segmentation.commands.predict_tiff import TiffReader, write_labels
 from segmentation.inference import MultiScaleFlip, SlidingWindow, Whole
 
 HEIGHT, WIDTH = 301, 433
@@ -150,7 +150,7 @@ def test_labels_are_those_of_the_same_windows_in_memory(layout, overlap, tmp_pat
     inference = SlidingWindow(96, overlap)
     model = network(pixels, inference=inference)
     expected = labels(model, inference, pixels)
-    predict_tiff(model, write(tmp_path / "image.tif", pixels, **LAYOUTS[layout]), tmp_path / "labels.tif")
+    write_labels(model, write(tmp_path / "image.tif", pixels, **LAYOUTS[layout]), tmp_path / "labels.tif")
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "labels.tif"), expected)
     assert (labels(model, Whole(), pixels) != expected).any()
 
@@ -159,7 +159,7 @@ def test_tiles_of_the_valid_unet_are_its_labels_of_the_whole_image(tmp_path):
     pixels = scene(5, np.uint16)
     model = network(pixels, padding="valid", batch_norm=False, inference=OverlapTile(252))
     path = write(tmp_path / "image.tif", pixels, **LAYOUTS["pages of tiles"])
-    predict_tiff(model, path, tmp_path / "labels.tif", bands=range(5))
+    write_labels(model, path, tmp_path / "labels.tif", bands=range(5))
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "labels.tif"), labels(model, Whole(), pixels))
 
 
@@ -168,11 +168,11 @@ def test_without_an_inference_windows_are_of_512(tmp_path, monkeypatch):
     for border, side in (("same", HEIGHT), ("valid", 304 + 188)):  # both are cut to what the image needs
         model = network(pixels, padding=border)
         model.down1.register_forward_pre_hook(lambda _, args: shown.append(args[0].shape[-2]))
-        predict_tiff(model, write(tmp_path / "image.tif", pixels), tmp_path / f"{border}.tif")
+        write_labels(model, write(tmp_path / "image.tif", pixels), tmp_path / f"{border}.tif")
         assert set(shown) == {side}
         shown.clear()
     monkeypatch.setattr(large_image, "CROP", 64)
-    predict_tiff(network(pixels), tmp_path / "image.tif", tmp_path / "small.tif")
+    write_labels(network(pixels), tmp_path / "image.tif", tmp_path / "small.tif")
     expected = labels(network(pixels), SlidingWindow(64), pixels)
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "small.tif"), expected)
 
@@ -188,7 +188,7 @@ def test_the_file_says_classes_colours_and_where_it_lies(tmp_path):
     ]
     model = network(pixels, inference=SlidingWindow(96))
     path = write(tmp_path / "image.tif", pixels, extratags=place)
-    predict_tiff(model, path, tmp_path / "deep" / "labels.tif")
+    write_labels(model, path, tmp_path / "deep" / "labels.tif")
     with tifffile.TiffFile(tmp_path / "deep" / "labels.tif") as file:
         page = file.pages[0]
         assert {code: page.tags[code].value for code, *_ in place} == {code: value for code, _, _, value, _ in place}
@@ -209,10 +209,10 @@ def test_nothing_is_overwritten_and_nothing_half_done_is_left(tmp_path):
     path, output = write(tmp_path / "image.tif", pixels), tmp_path / "labels.tif"
     output.write_text("mine")
     with pytest.raises(ValueError, match=r"labels.tif exists already: .* --overwrite true"):
-        predict_tiff(model, path, output)
+        write_labels(model, path, output)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="exists already"):
-        predict_tiff(model, path, path, overwrite=True)
+        write_labels(model, path, path, overwrite=True)
 
     calls = []
 
@@ -223,10 +223,10 @@ def test_nothing_is_overwritten_and_nothing_half_done_is_left(tmp_path):
 
     model.down1.register_forward_pre_hook(break_down)
     with pytest.raises(RuntimeError, match="power cut"):
-        predict_tiff(model, path, output, overwrite=True)
+        write_labels(model, path, output, overwrite=True)
     assert output.read_text() == "mine" and path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.tif", "labels.tif"]
-    predict_tiff(network(pixels), path, output, overwrite=True)
+    write_labels(network(pixels), path, output, overwrite=True)
     assert tifffile.imread(output).shape == (HEIGHT, WIDTH)
 
 
@@ -259,12 +259,12 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
     ]
     for path, bands, kind, words in cases:
         with pytest.raises(kind, match=words):
-            predict_tiff(model, path, output, bands)
+            write_labels(model, path, output, bands)
     with pytest.raises(ValueError, match="MultiScaleFlip needs the whole image"):
-        predict_tiff(network(pixels, inference=MultiScaleFlip()), good, output)
+        write_labels(network(pixels, inference=MultiScaleFlip()), good, output)
     monkeypatch.setattr(large_image, "LARGEST", 64 * 80 * 3 - 1)
     with pytest.raises(ValueError, match=r"pieces of 64 x 80 pixels, .* convert it to tiles"):
-        predict_tiff(model, good, output)
+        write_labels(model, good, output)
     assert not output.exists()
 
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
 def test_a_compression_that_needs_imagecodecs_says_so(tmp_path):
     Image.fromarray(scene()).save(tmp_path / "lzw.tif", compression="tiff_lzw")
     with pytest.raises(ValueError, match=r"LZW.*'imagecodecs' package.*: install it"):
-        predict_tiff(network(scene()), tmp_path / "lzw.tif", tmp_path / "labels.tif")
+        write_labels(network(scene()), tmp_path / "lzw.tif", tmp_path / "labels.tif")
 
 
 @pytest.mark.slow

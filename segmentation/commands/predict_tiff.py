@@ -1,14 +1,14 @@
-"""Prediction from file to file, for a TIFF that does not fit in memory: the command ``lightning predict_tiff``.
+"""The command ``lightning predict_tiff``: the labels of a TIFF that does not fit in memory, from file to file.
 
-Pixels are read one row of windows at a time, and labels are written tile by tile as they are finished. Beside the
-network at work on a window, memory takes for an image W pixels wide
+The command reads pixels one row of windows at a time, and writes each tile of labels when it is finished. Besides the
+network and one window, an image of width W needs this memory:
 
     W x crop x bands x bytes of a value                    the pixels of a row of windows
-    W x crop x overlap x num_classes x 4 bytes             logits of that row which the next one adds to
-    W x (crop + 256)                                       labels on their way into the file
+    W x crop x overlap x num_classes x 4 bytes             logits of that row that overlap the next row
+    W x (crop + 256)                                       labels that are not yet written
 
-With 20,000 pixels, 21 classes and windows of 512 that overlap by a third this is 0.33 GB, however high the image is.
-The time grows with its area.
+For 20,000 pixels, 21 classes and windows of 512 that overlap by a third this is 0.33 GB for any height. The time grows
+with the area.
 """
 
 import itertools
@@ -18,45 +18,77 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import tifffile
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..architectures.unet import OverlapTile, UNet
 from ..base import SegmentationModule
+from ..checkpoints import load_trained
 from ..errors import UserError
-from ..inference import OverlapTile, SlidingWindow, Tiled, Whole
+from ..inference import SlidingWindow, Tiled, Whole
 from ..pictures import palette_bytes
 
-CROP = 512  # of the windows, where the model does not say
-TILE = 256  # side of the tiles that are written
-LARGEST = 2**29  # bytes of a strip or tile, which can only be decompressed whole
+CROP = 512  # pixels, side of a window for a model without windows
+TILE = 256  # pixels, side of a tile in the output
+LARGEST = 2**29  # bytes of a strip or tile, which can only be decompressed as a whole
 RGB = {"MINISBLACK": (0, 0, 0), "RGB": (0, 1, 2), "YCBCR": (0, 1, 2)}  # which bands are red, green and blue
 GEOTIFF = (33550, 33922, 34264, 34735, 34736, 34737)  # pixel scale, tie points, transformation; keys and their values
 
 
-@torch.inference_mode()
 def predict_tiff(
-    model: SegmentationModule, image: Path, output: Path, bands: Sequence[int] | None = None, overwrite: bool = False
+    trainer: L.Trainer,
+    model: SegmentationModule,
+    ckpt_path: str | None = None,
+    image: str | None = None,
+    output: str = "labels.tif",
+    bands: list[int] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write the labels of a TIFF of any size as a palette TIFF of 8 bits, tiled and compressed.
-
-    The colours are the model's palette, and the description names its classes. Tags that place the image on a map are
-    carried over. The file is complete, or not there.
+    """Write the labels of a TIFF of any size, from file to file.
 
     Args:
-        model: on the device where it shall run. Its `inference` says how windows are laid; without one they are
-            `SlidingWindow` of 512 pixels, or U-Net's tiles for the valid U-Net.
+        trainer: chooses the device.
+        model: the network; its `inference` lays the windows, by default of 512 pixels, or U-Net's tiles for the valid
+            U-Net.
+        ckpt_path: the checkpoint of the trained network.
+        image: the TIFF to read.
+        output: the TIFF to write.
+        bands: which bands to read as stored, counted from 0, as in data.bands; by default RGB of 8 bits.
+        overwrite: replace the output of an earlier run.
+
+    Raises:
+        UserError: if no image is given; see also `write_labels`.
+    """
+    if image is None:
+        raise UserError("no image given: name a TIFF with --image FILE")
+    if ckpt_path is not None:
+        load_trained(model, ckpt_path)
+    write_labels(model.to(trainer.strategy.root_device), Path(image), Path(output), bands, overwrite)
+
+
+@torch.inference_mode()
+def write_labels(
+    model: SegmentationModule, image: Path, output: Path, bands: Sequence[int] | None = None, overwrite: bool = False
+) -> None:
+    """Write the labels of a TIFF as a palette TIFF of 8 bits, tiled and compressed.
+
+    The colours are the model's palette, and the description names its classes. Tags that place the image on a map are
+    copied. The file appears under its name when it is complete.
+
+    Args:
+        model: the network, on its device.
         image: the TIFF to read.
         output: the TIFF to write.
         bands: see `TiffReader`.
         overwrite: replace a file of an earlier run.
 
     Raises:
-        UserError: if `output` exists and `overwrite` is false, or is the image; if `inference` needs the image whole;
-            see also `TiffReader`.
-        UserError: if the image does not exist.
+        UserError: if `output` exists and `overwrite` is false, or is the image; if the image has other bands than the
+            network; if `inference` needs the whole image in memory; see also `TiffReader`.
     """
     tiff = TiffReader(image, bands)
     if len(tiff.bands) != model.in_channels:
@@ -65,13 +97,7 @@ def predict_tiff(
         )
     if output.exists() and (not overwrite or output.samefile(image)):
         raise UserError(f"{output} exists already: give another --output, or --overwrite true for an earlier result")
-    inference = model.inference
-    if isinstance(inference, Whole):
-        inference = OverlapTile() if model.border else SlidingWindow(CROP)
-    if not isinstance(inference, Tiled):
-        raise UserError(
-            f"{type(inference).__name__} needs the whole image in memory: set model.inference to SlidingWindow"
-        )
+    inference = tiled_inference(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f"{output.name}.part")
     colours = np.frombuffer(palette_bytes(model.palette), np.uint8).reshape(256, 3)
@@ -83,10 +109,10 @@ def predict_tiff(
                 tiles(label_rows(model.eval(), inference, tiff, progress), tiff.height, tiff.width),
                 shape=(tiff.height, tiff.width),
                 dtype=np.uint8,
-                bigtiff=tiff.height * tiff.width > 2**32 - 2**25,  # as if nothing could be compressed
+                bigtiff=tiff.height * tiff.width > 2**32 - 2**25,  # enough if nothing could be compressed
                 tile=(TILE, TILE),
                 compression="zlib",
-                maxworkers=1,  # no tiles are asked for ahead
+                maxworkers=1,  # else tifffile asks for tiles ahead
                 photometric="palette",
                 colormap=colours.T.astype(np.uint16) * 257,  # 255 becomes 65535
                 description=json.dumps({"class_names": model.class_names}),
@@ -99,10 +125,26 @@ def predict_tiff(
     print(f"labels       {output}")
 
 
+def tiled_inference(model: SegmentationModule) -> Tiled:
+    """Return the model's inference by windows; a model without one gets windows of 512 pixels, or U-Net's tiles.
+
+    Raises:
+        UserError: if the model's `inference` needs the whole image in memory.
+    """
+    inference = model.inference
+    if isinstance(inference, Whole):
+        return OverlapTile() if isinstance(model, UNet) and model.padding == "valid" else SlidingWindow(CROP)
+    if not isinstance(inference, Tiled):
+        raise UserError(
+            f"{type(inference).__name__} needs the whole image in memory: set model.inference to SlidingWindow"
+        )
+    return inference
+
+
 def label_rows(
     model: SegmentationModule, inference: Tiled, tiff: "TiffReader", progress: Progress
 ) -> Iterator[np.ndarray]:
-    """Labels ``(h, W)`` of one row of blocks after the other, with a bar of the area done."""
+    """Yield the labels ``(h, W)`` of each row of blocks, and show the finished area as a bar."""
     task = progress.add_task("", total=tiff.height * tiff.width / 1e6)
 
     def read(*window: int) -> Tensor:
@@ -119,7 +161,7 @@ def label_rows(
 
 
 def tiles(rows: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
-    """Cut rows of labels ``(h, W)`` of any heights into tiles ``(TILE, TILE)``, with zeros outside the image."""
+    """Yield tiles ``(TILE, TILE)`` cut from rows of labels ``(h, W)`` of any height, with zeros outside the image."""
     waiting = np.empty((0, width), np.uint8)
     for labels in itertools.chain(rows, [np.zeros((-height % TILE, width), np.uint8)]):
         waiting = np.concatenate([waiting, labels])
@@ -132,30 +174,29 @@ def tiles(rows: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.nd
 
 @contextmanager
 def decoding(path: Path) -> Iterator[None]:
-    """Turn what tifffile raises into one sentence that names the file."""
+    """Turn an exception of tifffile into a sentence that names the file."""
     try:
         yield
-    except Exception as error:  # a damaged file breaks it in many ways, and every compression has errors of its own
+    except Exception as error:  # damaged files and compressions raise exceptions of many classes
         reason = " ".join(str(error).split())
         cure = "install it, or convert the file to deflate" if "imagecodecs" in reason else "replace it"
         raise UserError(f"{path} cannot be read as a TIFF ({reason}): {cure}") from error
 
 
 class TiffReader:
-    """Windows of a TIFF of any size. Only the rows of the latest one are in memory.
+    """A TIFF of any size that is read by windows. Only the rows of the latest window are in memory.
 
-    The file may be in tiles or strips; its bands may be interleaved, planes, or pages. tifffile reads what is not
-    compressed or by deflate, and for LZW, JPEG and others needs the package imagecodecs.
+    The file may have tiles or strips; its bands may be interleaved, planes, or pages. tifffile reads files that are
+    not compressed or compressed by deflate; for LZW, JPEG and others it needs the package imagecodecs.
 
     Args:
         path: the file.
-        bands: which bands to read as stored, counted from 0. None reads RGB of 8 bits, as training does: grey is taken
-            three times, alpha is left out, and 16 bits lose the lower 8.
+        bands: which bands to read as stored, counted from 0. None reads RGB of 8 bits, as training does: grey becomes
+            three equal bands, alpha is left out, and 16 bits lose the lower 8.
 
     Raises:
-        UserError: if the file is no TIFF, lacks a band, is no RGB while no bands are named, or is compressed in one
-            piece; the message names it.
-        UserError: if it does not exist.
+        UserError: if the file does not exist, is not a TIFF, lacks a band, is not RGB and no bands are named, or is
+            compressed in one piece; the message names the file.
     """
 
     def __init__(self, path: Path, bands: Sequence[int] | None = None) -> None:
@@ -199,14 +240,14 @@ class TiffReader:
         self.file.close()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """Pixels ``(1, C, h, w)`` of a window, as the file stores them or in 8 bits."""
+        """Return the pixels ``(1, C, h, w)`` of a window, as stored or in 8 bits."""
         if self.held != (top, bottom):
             self.held, self.pixels = (top, bottom), self._rows(top, bottom)
         return torch.from_numpy(self.pixels[None, :, :, left:right])
 
     @property
     def _piece(self) -> tuple[int, int]:
-        """Height and width of a tile or strip."""
+        """Return height and width of a tile or strip."""
         if self.page.is_tiled:
             return self.page.tilelength, self.page.tilewidth
         return min(self.page.rowsperstrip, self.height), self.width
@@ -222,7 +263,7 @@ class TiffReader:
         return rows if rows.dtype.name in ("uint8", "uint16", "int16", "int32") else rows.astype(np.int32)
 
     def _mapped(self, top: int, bottom: int) -> np.ndarray:
-        """Rows of an uncompressed file. It is mapped anew each time, so that pages once read do not stay in memory."""
+        """Return rows of an uncompressed file, mapped anew each time so that pages do not stay in memory."""
         dtype = self.page.dtype.newbyteorder(self.file.byteorder)
         with decoding(self.path):
             stored = np.memmap(self.path, dtype, "r", self.series.dataoffset, self.series.shape)
@@ -231,7 +272,7 @@ class TiffReader:
         return np.stack([rows[band] for band in self.bands]).astype(self.page.dtype, copy=False)
 
     def _decoded(self, top: int, bottom: int) -> np.ndarray:
-        """Rows of a compressed file, from the tiles or strips that hold them."""
+        """Return rows of a compressed file, from the tiles or strips that hold them."""
         rows = np.empty((len(self.bands), bottom - top, self.width), self.page.dtype)
         pages = len(self.series.pages) > 1
         planes = not pages and self.page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
@@ -249,7 +290,7 @@ class TiffReader:
         return rows
 
     def _decode(self, page: int, index: int) -> np.ndarray:
-        """A tile or strip, ``(h, w, samples)``."""
+        """Return a tile or strip, ``(h, w, samples)``."""
         with decoding(self.path):
             stored = self.series.pages[page]
             self.file.filehandle.seek(stored.dataoffsets[index])

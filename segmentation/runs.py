@@ -1,0 +1,117 @@
+"""How a run is named and logged: what the command settles before it builds anything, and rows of a continued run."""
+
+import csv
+import netrc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlparse
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_info
+
+from . import checkpoints
+
+DEFAULTS = str(Path(__file__).with_name("run.yaml"))  # how every run is logged, saved and drawn
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder of a run, and nowhere without one."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(trainer.logger, CSVLogger):  # the first logger, whose folder is the run's
+            super().setup(trainer, pl_module, stage)
+
+
+def settle(config: Namespace) -> None:
+    """Complete the config of a command: names of loggers, one callback of each kind, a folder that is not taken.
+
+    Args:
+        config: the parsed arguments of one command; its trainer is changed.
+    """
+    trainer = config.trainer
+    if trainer.barebones:
+        trainer.logger, trainer.enable_checkpointing = False, False
+    for kind, key in (("CSVLogger", "name"), ("WandbLogger", "group")):
+        for logger in loggers(config, kind):
+            if logger.init_args.get(key) is None:
+                logger.init_args[key] = run_name(config)
+    for logger in loggers(config, "CSVLogger"):
+        version, parent = logger.init_args.version, Path(logger.init_args.save_dir) / str(logger.init_args.name)
+        earlier = parent / (version if isinstance(version, str) else f"version_{version}")
+        if version is not None and earlier.exists():
+            rank_zero_info(f"{earlier} holds an earlier run: this one gets a new version folder")
+            logger.init_args.version = None
+    if isinstance(trainer.callbacks, list):
+        listed = trainer.callbacks
+        trainer.callbacks = [c for i, c in enumerate(listed) if not dropped(c, listed[i + 1 :], trainer)]
+
+
+def dropped(callback: Namespace, later: Sequence[Namespace], trainer: Namespace) -> bool:
+    """Return whether a callback is listed again later, as one of this package may be, or needs what is switched off."""
+    name = callback.class_path.rpartition(".")[2]
+    off = {"LearningRateMonitor": trainer.logger, "ModelCheckpoint": trainer.enable_checkpointing}.get(name) is False
+    ours = callback.class_path.startswith("segmentation.")
+    return off or (ours and callback.class_path in [other.class_path for other in later])
+
+
+def loggers(config: Namespace, kind: str) -> list[Namespace]:
+    """Return the loggers of a class, as ``CSVLogger``, in a config."""
+    listed = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    return [logger for logger in listed if hasattr(logger, "class_path") and logger.class_path.endswith(kind)]
+
+
+def run_name(config: Namespace) -> str:
+    """Return the stem of the last ``--config``; without one, ``<model>_<data>`` in lower case, as ``unet_folder``."""
+    files = [Path(file.relative) for file in config.config or [] if file is not None]
+    classes = [config[key].class_path.rpartition(".")[2] for key in ("model", "data") if config.get(key) is not None]
+    return files[-1].stem if files else "_".join(classes).lower()
+
+
+def folder(config: Namespace) -> Path | None:
+    """Return the folder that holds the versions of a run; None without a CSVLogger."""
+    found = [logger.init_args for logger in loggers(config, "CSVLogger")]
+    return Path(found[-1].save_dir) / str(found[-1].name) if found else None
+
+
+def log_offline_without_key(config: Namespace) -> None:
+    """Let W&B log offline if it has no key, since it would ask for one; print how to upload the run."""
+    if loggers(config, "WandbLogger") and not has_wandb_key():
+        os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"] = "offline", "true"
+        rank_zero_info("no W&B key: logged offline; `wandb login`, then `wandb sync logs/wandb/offline-*` uploads")
+
+
+def has_wandb_key() -> bool:
+    """Return whether W&B is set up by its environment variables or by ``wandb login``."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for name in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc"):
+        try:
+            if netrc.netrc(os.path.expanduser(name)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def take_rows(loggers: Sequence[Logger], checkpoint: str | None) -> None:
+    """Copy the CSV rows of a run up to its checkpoint into the run that continues it.
+
+    Args:
+        loggers: the loggers of the new run.
+        checkpoint: the file from which the new run goes on; None starts from scratch.
+    """
+    history = Path(checkpoint).parent.parent / "metrics.csv" if checkpoint else None
+    if checkpoint is None or history is None or not history.is_file():
+        return
+    steps = checkpoints.read(checkpoint)["global_step"]
+    with history.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger.experiment.metrics.extend({key: value for key, value in row.items() if value} for row in rows)
+    rank_zero_info(f"going on from {checkpoint}, step {steps}")
