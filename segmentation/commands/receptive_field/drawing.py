@@ -20,7 +20,7 @@ def draw_layers(layers: Sequence[str], fields: Sequence[Field], picture: Path) -
     columns = min(len(layers), 5)
     lines = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(2.6 * max(columns, 2), 2.9 * lines + 0.3), layout="constrained")
-    figure.supxlabel("What one unit sees: darker, in more ways; dashed, the next unit", fontsize=9)
+    figure.supxlabel("Dark pixels are seen in more ways. The dashed square is that of the next unit.", fontsize=9)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     side = max(field.size + int(field.stride or 0) for field in fields)
     for axes in panels:
