@@ -248,7 +248,9 @@ class SegmentationDataModule(L.LightningDataModule):
         """
         samples = self.samples(split)
         if not samples:
-            raise UserError(f"the split '{split}' of {type(self).__name__} ({self.root}) is empty")
+            raise UserError(
+                f"the split '{split}' of {type(self).__name__} ({self.root}) is empty: put images and masks there"
+            )
         unmatched = [text for sample in samples if (text := sample.missing()) is not None]
         if unmatched:
             raise UserError(unmatched[0] + (f" (and {len(unmatched) - 1} more like it)" if len(unmatched) > 1 else ""))

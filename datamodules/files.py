@@ -219,8 +219,8 @@ def read_mask(path: Path, colors: Sequence[tuple[int, int, int]] | None = None) 
         values = values[..., 0]
     if values.ndim != 2:
         raise UserError(
-            f"{path} is a mask in colour (mode {mode}) and holds no labels: name the colours of the classes in "
-            "data.palette (README, 'Masks in colour')"
+            f"{path} is a mask in colour (mode {mode}) and holds no labels: save it as labels, or, if all masks are in "
+            "colour, name the colours of the classes (README, 'Masks in colour')"
         )
     return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int32))
 
@@ -270,7 +270,7 @@ def files_under(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, P
         UserError: if the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"the folder {folder} does not exist")
+        raise UserError(f"the folder {folder} does not exist: check the path")
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     names = [p.relative_to(folder).with_suffix("").as_posix() for p in paths]
     if len({name.lower() for name in names}) < len(names):
@@ -297,7 +297,7 @@ def read_lines(path: Path) -> list[str]:
         UserError: if the file does not exist.
     """
     if not path.is_file():
-        raise UserError(f"the list {path} does not exist")
+        raise UserError(f"the list {path} does not exist: check data.root")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 

@@ -107,7 +107,9 @@ class Folder(SegmentationDataModule):
         self.class_names = list(names or ())
         self.palette: list[Color] = [(int(r), int(g), int(b)) for r, g, b in palette or voc_palette(self.num_classes)]
         if len(self.palette) != self.num_classes:
-            raise UserError(f"data.palette has {len(self.palette)} colours for {self.num_classes} classes")
+            raise UserError(
+                f"data.palette has {len(self.palette)} colours for {self.num_classes} classes: give one each"
+            )
 
     @property
     def class_map(self) -> Path | None:
