@@ -116,15 +116,6 @@ def test_debug_config_goes_over_any_config(tmp_path, monkeypatch):
 
 
 KEYS = ["base_channels", "num_classes", "trainer.max_epochs", "trainer.num_nodes", "model", "data", "writer.overwrite"]
-    "base_channels",
-    "num_classes",
-    "blur",
-    "trainer.max_epochs",
-    "trainer.num_nodes",
-    "model",
-    "data",
-    "writer.overwrite",
-]
 
 
 @pytest.mark.parametrize(
