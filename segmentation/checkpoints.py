@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_info
 
 from .errors import UserError
 
@@ -67,6 +68,9 @@ def accept(model: Any, checkpoint: dict[str, Any]) -> None:
 def agree(model: Any, data: Any) -> None:
     """Check that a model fits a data set, and give it the data set's class names and palette.
 
+    A line says so if the model normalises pixels by another mean or std than those that the data set states; weights
+    from elsewhere may need that.
+
     Args:
         model: a `SegmentationModule`.
         data: a `SegmentationDataModule`.
@@ -89,6 +93,13 @@ def agree(model: Any, data: Any) -> None:
             f"data.border_weight weighs pixels, which model.loss {type(model.loss).__name__} cannot: set it to 0, or "
             "leave model.loss out"
         )
+    for name, stated in zip(("mean", "std"), getattr(data, "stated_mean_std", None) or ((), ()), strict=True):
+        own = getattr(model, name).flatten()
+        if len(stated) and not torch.allclose(own.cpu(), torch.tensor(stated, dtype=own.dtype)):
+            rank_zero_info(
+                f"model.{name} is {own.tolist()}, but {type(data).__name__} states {list(stated)}: the images are "
+                f"normalised by model.{name}"
+            )
     model.named_by_data, model.class_names = True, [str(name) for name in data.class_names]
     if len(data.palette) == data.num_classes:
         model.palette = [[int(value) for value in colour] for colour in data.palette]

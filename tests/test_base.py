@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import Fixed, column, config, draw_tree, succeed
 from PIL import Image
 from torch import nn
+from trees import draw_isbi_em
 
 from segmentation import DeepLabV1, DeepLabV3, UNet
 from segmentation.base import SegmentationModule
@@ -169,6 +170,18 @@ def test_compiled_runs_train_and_validate_images_of_several_sizes(tmp_path):
         run = tmp_path / "logs" / name / "version_0"
         losses.append(column(run, "train/loss") + column(run, "val/loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mean", "said"), [(0.4908, False), (0.25, True)])
+def test_a_mean_other_than_the_data_set_states_is_said(mean, said, tmp_path):
+    draw_isbi_em(tmp_path / "isbi", 8, 64)
+    model = ["--model", "UNet", "--model.num_classes", 2, "--model.in_channels", 1, "--model.base_channels", 4]
+    scale = ["--model.mean", f"[{mean}]", "--model.std", "[0.1708]"]
+    data = ["--data", "ISBIEM", "--data.root", tmp_path / "isbi", "--data.batch_size", 2, "--data.num_workers", 0]
+    out = succeed("fit", *model, *scale, *data, "--trainer.max_steps", 1, "--trainer.accelerator", "cpu", cwd=tmp_path)
+    line = f"model.mean is [{mean}], but ISBIEM states [0.4908]: the images are normalised by model.mean"
+    assert (line in out) is said and "model.std is" not in out
 
 
 def test_every_public_architecture_is_a_segmentation_module():
