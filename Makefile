@@ -1,16 +1,22 @@
 # `make quickstart` and `make test` do all their set-up themselves: virtual environment, requirements, this package.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= $(VENV)/oldest
 BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Test files that take a few seconds each, one or more for every folder of the code.
+SMOKE := imports asserts base unet deeplabv1 deeplabv3plus inference crf metrics report data \
+	datasets transforms check compare examples
 
-.PHONY: install quickstart test test-fast check clean
+.PHONY: install quickstart test test-fast test-smoke test-oldest check clean
 
 install: $(VENV)/installed
 
+# BOUNDS edits requirements.txt; `make test-oldest` turns each lower bound into the version to install.
 $(VENV)/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	grep -v '^pydensecrf2' requirements.txt > $(VENV)/without_crf.txt
+	sed -e '/^pydensecrf2/d' $(BOUNDS) requirements.txt > $(VENV)/without_crf.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/without_crf.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@$(BIN)/python -m pip install --quiet 'pydensecrf2>=1.1' 2> $(VENV)/crf.log \
@@ -25,10 +31,16 @@ quickstart: install
 	@cat "$$(ls -t logs/quickstart/version_*/report.txt | head -n 1)"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(PYTEST) -m 'not slow'
+
+test-smoke: install
+	$(PYTEST) -m 'not slow' $(SMOKE:%=tests/test_%.py)
+
+test-oldest:
+	$(MAKE) VENV=$(OLDEST) BOUNDS="-e 's/>=\([^,]*\).*/==\1.*/'" test-fast
 
 check: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
 
 torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").propagate = True  # pytest 8 imports this file before it captures logs
 
 
 def pytest_report_header() -> str:
