@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Test files that take a few seconds each, one or more for every folder of the code.
-SMOKE := imports asserts base unet deeplabv1 deeplabv3plus inference crf metrics report data \
-	datasets transforms check compare examples
+SMOKE := imports habits base unet deeplabv1 deeplabv3plus inference crf metrics report data datasets transforms \
+	check compare examples
 
 .PHONY: install quickstart test test-fast test-smoke test-oldest check clean
 

@@ -1,4 +1,4 @@
-"""Small data drawn on disk, and real `lightning` processes on it."""
+"""What the tests share: small data sets that are drawn on disk, and processes of the `lightning` command."""
 
 import csv
 import importlib.metadata
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for every process: two threads wait for each other, and for any other process
+os.environ["OMP_NUM_THREADS"] = "1"  # in every process, since the tests run in two
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ logging.getLogger("lightning.pytorch").propagate = True  # pytest 8 imports this
 
 
 def pytest_report_header() -> str:
-    """Say which versions the tests run on."""
+    """Print the versions that the tests run on."""
     names = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
     return "versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def draw_pair(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """A grey ground with a red disc (1) and a blue bar (2): image (H, W, 3) and labels (H, W)."""
+    """Draw a red disc (1) and a blue bar (2) on a grey ground: image (H, W, 3) and labels (H, W)."""
     rng = np.random.RandomState(seed)
     y, x = np.mgrid[:height, :width]
     labels = np.zeros((height, width), np.uint8)
@@ -48,7 +48,7 @@ def draw_pair(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray,
 
 
 def draw_tree(root: Path, counts: dict[str, int] | None = None) -> Path:
-    """An images/ + masks/ tree with split folders; masks with an ignored border."""
+    """Draw images/ and masks/ with a folder for each split; the upper border of every mask is ignored."""
     for offset, (split, count) in enumerate((counts or {"train": 12, "val": 7, "test": 3}).items()):
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)
@@ -61,7 +61,7 @@ def draw_tree(root: Path, counts: dict[str, int] | None = None) -> Path:
 
 
 def config(folder: Path, root: Path, name: str = "config", /, **replace: str) -> Path:
-    """A complete small config; `replace` exchanges lines by their key."""
+    """Write a complete small config; `replace` exchanges the line of a key."""
     lines = f"""\
 seed_everything: 0
 trainer:
@@ -114,7 +114,7 @@ COMMAND = [str(SCRIPT)] if SCRIPT.is_file() else [sys.executable, "-m", "segment
 
 
 def lightning(*args: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run the command as its user does: another process, another folder, no terminal to ask."""
+    """Run the command as a user does: in another process and another folder, without a terminal."""
     environment = {**ENVIRONMENT, "HOME": str(cwd)}
     return subprocess.run(
         [*COMMAND, *map(str, args)], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -123,25 +123,25 @@ def lightning(*args: object, cwd: Path, timeout: float = 300) -> subprocess.Comp
 
 
 def succeed(*args: object, cwd: Path, timeout: float = 300) -> str:
-    """Run the command, demand exit status 0, and give what it printed."""
+    """Run the command, check that its exit status is 0, and return what it printed."""
     done = lightning(*args, cwd=cwd, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv."""
+    """Return the rows of a run's metrics.csv."""
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def column(run: Path, key: str) -> list[float]:
-    """The values of a metric in a run's metrics.csv, in order."""
+    """Return the values of a metric in a run's metrics.csv, in order."""
     return [float(row[key]) for row in rows(run) if row.get(key)]
 
 
 class Fixed(SegmentationModule):
-    """The shared loop around a function of the image: its results are the logits."""
+    """A network without layers: a function of the image gives the logits."""
 
     def __init__(self, num_classes: int, logits: Callable[[Tensor], Tensor]) -> None:
         super().__init__(num_classes)
@@ -162,7 +162,7 @@ def dilations(module: nn.Module) -> list[int]:
 
 
 def shake(module: nn.Module, image: torch.Tensor) -> nn.Module:
-    """Random scales, shifts and biases, and the statistics of `image`: else logits hardly tell of the deep layers."""
+    """Set random scales, shifts and biases, and the statistics of `image`, so that every layer changes the logits."""
     torch.manual_seed(1)
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -180,7 +180,7 @@ def shake(module: nn.Module, image: torch.Tensor) -> nn.Module:
 
 
 def shake_norms(module: nn.Module, low: float = 0.3, high: float = 0.9) -> nn.Module:
-    """Random batch-norm statistics, scales from low to high and shifts: fresh ones hide what they do."""
+    """Set random statistics, shifts and scales (low to high) of batch norm; the initial ones change nothing."""
     torch.manual_seed(1)
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -189,12 +189,13 @@ def shake_norms(module: nn.Module, low: float = 0.3, high: float = 0.9) -> nn.Mo
             nn.init.uniform_(m.weight, low, high)
             nn.init.normal_(m.bias, 0, 0.2)
         if isinstance(m, (Bottleneck, torchvision.models.resnet.Bottleneck)):
-            nn.init.uniform_(m.bn3.weight, 0.05, 0.2)  # else 33 additions make logits of a thousand
+            nn.init.uniform_(m.bn3.weight, 0.05, 0.2)  # otherwise 33 additions lead to logits of a thousand
     return module.eval()
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
+    """The folder of a small data set, for tests that only read it."""
     return draw_tree(tmp_path_factory.mktemp("tree"))
 
 

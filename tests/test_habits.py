@@ -1,4 +1,4 @@
-"""Every assertion in the tests can fail."""
+"""Habits of the tests: every assertion can fail, and every architecture has its own test file."""
 
 import ast
 
@@ -10,7 +10,7 @@ VALUES = (ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Lambda, ast.
 
 
 def is_condition(test: ast.expr) -> bool:
-    """Tell whether an expression can be false: no literal, and no `a == b if c else d` whose `d` compares nothing."""
+    """Return False for a literal, which is always true, and for `a == b if c else d` whose `d` compares nothing."""
     if isinstance(test, ast.BoolOp):
         return all(is_condition(value) for value in test.values)
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -48,3 +48,10 @@ def test_the_rule_finds_assertions_that_cannot_fail(code):
 @pytest.mark.parametrize("code", ["assert a == (1 if b else 2)", "assert (a == 1) is b, 'why'", "assert a and b < c"])
 def test_the_rule_allows_conditions(code):
     assert never_fail(code) == []
+
+
+@pytest.mark.parametrize(
+    "architecture", sorted((PROJECT / "segmentation/architectures").glob("[!_]*.py")), ids=lambda p: p.stem
+)
+def test_every_architecture_has_its_test_file(architecture):
+    assert PROJECT / f"tests/test_{architecture.stem}.py" in FILES
