@@ -165,7 +165,7 @@ def in_values(found: Examination) -> Iterator[Finding]:
         advice = f"{IGNORE} means 'ignored': if it is your foreground, set data.label_map: {{0: 0, {IGNORE}: 1}}"
         yield Finding("error", f"the training masks hold 0 and {IGNORE} only", train, mask=True, advice=advice)
     if not given.class_names and data.class_names:
-        advice = f"The block below names the {data.num_classes} that the masks hold by their values"
+        advice = f"The block below names the {data.num_classes} classes in the masks by their stored values"
         yield Finding("error", "nothing names the classes: training needs data.class_names", advice=advice)
     elif not data.class_names and train:
         different = len({value for f in train for value in f.values})
@@ -325,7 +325,7 @@ def in_contents(found: Examination) -> Iterator[Finding]:
     ):
         if kept:
             first, other = kept[0]
-            detail = and_more(f"{other.file()} is {first.file()}", len(kept))
+            detail = and_more(f"{other.file()} is the same image as {first.file()}", len(kept))
             some = [f for pair in kept for f in pair]
             yield Finding("warning", text.format(count(len(kept), "picture")), some, detail=detail)
 
