@@ -51,7 +51,7 @@ def test_xception_keeps_its_resolution_by_dilation(stride):
 
 
 def test_mobilenetv2_gives_torchvisions_features_at_the_tap():
-    """Up to the first removed stride the two are the same network."""
+    """Both are the same network up to the first stride that ours removes."""
     peer = torchvision.models.mobilenet_v2(weights=None).eval()
     ours = MobileNetV2().eval()
     ours.load_state_dict(

@@ -1,4 +1,4 @@
-"""The shared loop: optimizer groups, schedule, losses, metrics, checkpoints. By hand or against torch."""
+"""The shared steps: optimizer groups, schedule, losses, metrics; compared with torch or with values computed by hand."""
 
 import lightning as L
 import pytest
@@ -99,7 +99,7 @@ def test_arguments_that_void_each_other_are_refused():
 
 
 def test_scores_of_a_hand_made_matrix():
-    """Truth: 4 a (3 found, 1 called b), 2 b (both found), no c but 1 b-pixel is not needed; d occurs nowhere."""
+    """Truth: 4 pixels of a (3 found, 1 predicted as b), 2 of b (both found), none of c and d."""
     matrix = torch.tensor([[3, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     values = confusion_metrics(matrix, ["a", "b", "c", "d"])
     assert values["iou/a"] == 3 / 4 and values["iou/b"] == pytest.approx(2 / 3) and values["iou/d"].isnan()
@@ -157,7 +157,7 @@ def test_compile_gives_the_same_logits_and_leaves_no_trace_in_the_state_dict():
 
 @pytest.mark.slow
 def test_compiled_runs_train_and_validate_images_of_several_sizes(tmp_path):
-    """Validation looks at images first, so training meets a second size, and validation a third."""
+    """Validation runs first, so training meets a second size, and validation a third."""
     tree = draw_tree(tmp_path / "tree", {"train": 4, "val": 2})
     for path in (tree / "images/val/01.jpg", tree / "masks/val/01.png"):
         with Image.open(path) as picture:

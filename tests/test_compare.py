@@ -1,4 +1,4 @@
-"""The comparison of all architectures: what it counts, what it writes, and that it goes on where it stopped."""
+"""The comparison of all architectures: its counts, its files, and how it continues after a stop."""
 
 import importlib
 import json
@@ -108,7 +108,7 @@ def test_names_cover_neither_each_other_nor_points(spread):
 
 
 def run(*args: object, status: int = 0) -> str:
-    """Run the script as its user does; gives what it printed."""
+    """Run the script as a user does; return what it printed."""
     command = [sys.executable, str(PROJECT / "benchmarks/compare.py"), *map(str, args)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout + done.stderr

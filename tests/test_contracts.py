@@ -1,4 +1,4 @@
-"""What every architecture promises, on narrow variants of all of them."""
+"""Tests that every architecture passes, on narrow variants of all twelve."""
 
 import pytest
 import torch
@@ -62,14 +62,14 @@ def build(name: str, num_classes: int = 5, **kwargs) -> segmentation.Segmentatio
     torch.manual_seed(SEED_OF_TEST)
     architecture, arguments = FAMILY[name]
     model = architecture(num_classes, **arguments, **kwargs)
-    for module in model.modules():  # fresh statistics hide what batch norm does in evaluation
+    for module in model.modules():  # with the initial statistics, batch norm changes nothing in evaluation
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.uniform_(0.7, 1.4)
     return model
 
 
 def batch(size: tuple[int, int] = (64, 64), num_classes: int = 5, name: str = "", cells: int = 4) -> dict:
-    """Two images, each of a grid of random labels whose grey tells the label."""
+    """Build two images of random labels in a grid; the brightness of a pixel shows its label."""
     torch.manual_seed(SEED_OF_TEST)
     if name == "unet valid":  # trains on crops of 16 n + 12 pixels
         size = (188, 188)
@@ -216,7 +216,7 @@ def test_bfloat16_stays_finite(name):
 @pytest.mark.slow
 @each
 def test_the_captured_graph_gives_the_same_scores(name):
-    """What ``compile: true`` captures; the generation of code below it is torch's own, and tested on a few."""
+    """``compile: true`` captures this graph. The next test runs the code that torch generates from such graphs."""
     model, image = build(name).eval(), torch.randn(1, 3, 188, 188)
     captured = torch.compile(model.score_maps, backend="aot_eager")
     with torch.no_grad():
@@ -237,8 +237,8 @@ def test_compiled_code_gives_the_same_scores(name):
 # Cells of 16 pixels are too fine for scores of stride 32, for a loss that sees every eighth label, and for DeconvNet,
 # which passes the whole image through one vector: these learn one label per image.
 COARSE = ("fcn32s", "deconvnet", *(name for name in FAMILY if name.startswith(("deeplabv1", "deeplabv2"))))
-# The padded fc7 gives the border scores that no image changes; the valid U-Net's smallest crop has a loss in its middle
-# 4 x 4 pixels alone.
+# With a padded fc7, the scores at the border do not depend on the image. The smallest crop of the valid U-Net has its
+# loss in the middle 4 x 4 pixels only.
 BORDER = {"deeplabv1 post", "unet valid"}
 
 

@@ -1,4 +1,4 @@
-"""DeconvNet against a second writing-down in plain convolutions, a fake VGG-16 and values worked out by hand."""
+"""DeconvNet against a second implementation in plain convolutions, a fake VGG-16 and values computed by hand."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_unpooling_puts_each_value_back_where_its_maximum_was():
 
 
 def second_writing(model: DeconvNet, image: Tensor) -> Tensor:
-    """Flat, with torch's unpooling, and every transposed convolution as a convolution with its kernel turned round."""
+    """Compute the logits with torch's unpooling, and transposed convolutions as convolutions with a turned kernel."""
     state = model.state_dict()
 
     def norm_relu(x: Tensor, name: str) -> Tensor:
@@ -117,7 +117,7 @@ def test_the_loss_is_that_of_the_logits():
 
 
 def test_imagenet_weights_are_torchvisions_up_to_fc7(monkeypatch):
-    """A VGG-16 of torchvision's own making, an eighth as wide, whose linear layers meet our convolutions."""
+    """A VGG-16 built by torchvision, an eighth as wide: its linear layers equal our convolutions."""
     widths = [8, 8, "M", 16, 16, "M", 32, 32, 32, "M", 64, 64, 64, "M", 64, 64, 64, "M"]
     peer = VGG(make_layers(widths, batch_norm=True), num_classes=10, init_weights=False)
     peer.classifier = nn.Sequential(nn.Linear(64 * 49, 24), nn.Identity(), nn.Identity(), nn.Linear(24, 24))
@@ -128,7 +128,7 @@ def test_imagenet_weights_are_torchvisions_up_to_fc7(monkeypatch):
     with torch.inference_mode():
         for stage in (model.conv1, model.conv2, model.conv3, model.conv4, model.conv5):
             x, _ = model.pool(stage(x))
-        x = model.fc7[0](model.fc6[0](x))  # without their batch norm and ReLU, which the peer has not
+        x = model.fc7[0](model.fc6[0](x))  # without their batch norm and ReLU, which the peer lacks
         assert x.std() > 0.1
         torch.testing.assert_close(x.flatten(1), peer(image), atol=1e-4, rtol=1e-4)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""DeepLab v1 by hand, then with multi-scale prediction (DeepLab-MSc) against a second writing-down."""
+"""DeepLab v1 compared with values computed by hand, and its multi-scale prediction with a second implementation."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def build(**arguments) -> DeepLabV1:
 
 
 def second(model: DeepLabV1, image: Tensor) -> Tensor:
-    """The paper's words: one classifier over the concatenation of fc7 and the five two-layer perceptrons."""
+    """Compute one classifier over the concatenation of fc7 and the five two-layer perceptrons, as the paper says."""
     p = model.state_dict()
 
     def conv(name: str, x: Tensor, **kwargs) -> Tensor:

@@ -1,4 +1,4 @@
-"""DeepLab v2 against a second writing-down, its multi-scale loss and subsampled labels, and by hand."""
+"""DeepLab v2 against a second implementation, its multi-scale loss and subsampled labels, and by hand."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_parameter_counts(backbone, parameters):
 
 
 def narrow(backbone: str = "resnet50", num_classes: int = 3, **arguments) -> DeepLabV2:
-    """A small network with random statistics of batch norm, and scores of unit size; fresh ones hide what they do."""
+    """A small network with random statistics of batch norm, and scores of unit size."""
     torch.manual_seed(2)
     model = DeepLabV2(num_classes, backbone, base_channels=4, **arguments)
     for name, module in model.named_modules():
@@ -41,7 +41,7 @@ def narrow(backbone: str = "resnet50", num_classes: int = 3, **arguments) -> Dee
 
 
 class Second:
-    """The released models at one scale, from the tensors alone; the comments give the sizes of a 321 x 321 crop."""
+    """The released models at one scale, from the tensors only; the comments give the sizes of a 321 x 321 crop."""
 
     def __init__(self, model: DeepLabV2, rates: tuple[int, ...] = (6, 12, 18, 24), stride_in: int = 1) -> None:
         self.p, self.rates, self.stride_in = model.state_dict(), rates, stride_in
@@ -243,7 +243,7 @@ def test_imagenet_gives_every_branch_of_vgg16_its_part_of_the_classifier(monkeyp
 
 
 def test_what_a_file_needs_is_kept(tmp_path):
-    """A checkpoint of a network without MSC makes one without, unless scales are asked for."""
+    """A checkpoint of a network without MSC builds a network without MSC, unless the user sets scales."""
     model = narrow(scales=[1.0], stride_in_1x1=False)
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)

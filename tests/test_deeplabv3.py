@@ -1,4 +1,4 @@
-"""DeepLab v3 against torchvision's, against the paper's rates, and by hand."""
+"""DeepLab v3 compared with torchvision's, and its dilations with the paper's."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_deeplabv3_gives_torchvisions_logits(backbone, size, tmp_path):
     image = torch.randn(2, 3, *size)
     with torch.inference_mode():
         theirs = peer(image)["out"]
-        assert 0.05 < theirs.std() < 20  # logits that differ from pixel to pixel, so that a match says something
+        assert 0.05 < theirs.std() < 20  # logits that differ from pixel to pixel, so that a match proves something
         torch.testing.assert_close(ours(image), theirs, atol=1e-4, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""FC-DenseNet against the released code's channels, bookkeeping by hand and a second writing-down."""
+"""FC-DenseNet against the released code's channels, bookkeeping by hand and a second implementation."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -127,11 +127,11 @@ def test_batch_statistics_are_a_switch_on_the_same_weights():
     with torch.no_grad():
         evaluated = batch(image)
         assert (evaluated - running(image)).abs().max() > 0.01
-        assert not torch.allclose(batch(image[:1]), evaluated[:1], atol=1e-3)  # the other image has its say
+        assert not torch.allclose(batch(image[:1]), evaluated[:1], atol=1e-3)  # the other image changes the result
         torch.testing.assert_close(evaluated, running.train()(image))  # without dropout, as in training
         batch.train()(image)
     for (key, value), other in zip(running.state_dict().items(), batch.state_dict().values(), strict=True):
-        torch.testing.assert_close(value, other, msg=key)  # and training averages as ever
+        torch.testing.assert_close(value, other, msg=key)  # and training updates the averages as before
 
 
 @pytest.mark.parametrize(("batch_statistics", "least"), [(False, 32), (True, 64)])
@@ -164,7 +164,7 @@ def test_dropout_is_elementwise_and_in_every_layer_but_the_first_convolution_and
     with torch.device("meta"):
         model = FCDenseNet(11)
     rates = [m.p for m in model.modules() if type(m) is nn.Dropout]
-    assert rates == [0.2] * (91 + 5)  # 91 layers in blocks, five transitions down
+    assert rates == [0.2] * (91 + 5)  # 91 layers in blocks and five transitions down
 
 
 def test_own_weights_come_back_and_another_class_count_leaves_the_classifier_fresh(tmp_path):

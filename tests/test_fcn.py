@@ -1,4 +1,4 @@
-"""FCN against torchvision's, against a second writing-down of the VGG-16 nets, and by hand."""
+"""FCN compared with torchvision's, a second implementation of the VGG-16 nets, and values computed by hand."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_training_gives_torchvisions_main_and_aux_losses(tmp_path):
 
 
 def narrow(num_classes: int = 3, **arguments) -> FCN:
-    """A small network on VGG-16 with random scores; fresh ones are zero."""
+    """Build a small network on VGG-16 with random score layers; the initial ones are zero."""
     torch.manual_seed(2)
     model = FCN(num_classes, base_channels=4, **arguments)
     for module in model.modules():
@@ -78,7 +78,7 @@ def narrow(num_classes: int = 3, **arguments) -> FCN:
 
 
 def second(model: FCN, image: Tensor) -> Tensor:
-    """The nets of the released definitions, layer by layer from the tensors alone."""
+    """Compute the nets of the released definitions, layer by layer, from the tensors only."""
     p, stride = model.state_dict(), model.classifier.output_stride
     scale = (1e-2, 1e-4) if model.hparams.at_once else (1, 1)
 
@@ -150,7 +150,7 @@ def test_upsampling_starts_as_bilinear_interpolation():
         with torch.no_grad():
             ours = Upsampling(2, factor, learn=True)(x)
         whole = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-        # It reaches factor / 2 over the border, where it fades; interpolation repeats the border instead.
+        # The result reaches factor / 2 over the border and fades there; interpolation repeats the border instead.
         half = factor // 2
         inner = ours[..., factor : -factor or None, factor : -factor or None]
         torch.testing.assert_close(inner, whole[..., half:-half, half:-half], atol=1e-5, rtol=1e-5)
@@ -174,7 +174,7 @@ def test_scores_start_at_zero_and_the_first_step_moves_them():
 
 
 def test_a_coarser_net_starts_the_finer_one(tmp_path, capsys, caplog):
-    """A fresh skip adds nothing: FCN-16s starts with the predictions of FCN-32s, interpolated in two steps."""
+    """A new skip adds nothing: FCN-16s starts with the predictions of FCN-32s, interpolated in two steps."""
     image = torch.randn(1, 3, 64, 64)
     coarse = narrow(output_stride=32)
     for stride, name in ((16, "score_pool4"), (8, "score_pool3")):

@@ -1,4 +1,4 @@
-"""Whole-image inference: against values worked out by hand, and against the network that sees the image at once."""
+"""Whole-image inference compared with values computed by hand, and with the network on the whole image at once."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ MODELS = {
 
 
 class Network(UNet):
-    """The shared loop around any function of the image, which notes the sizes of what it was shown."""
+    """A network without layers: a function of the image gives the logits, and `seen` lists the shapes of its images."""
 
     def __init__(self, function, num_classes: int = 3) -> None:
         super().__init__(num_classes, base_channels=1)
@@ -263,7 +263,7 @@ def test_it_is_no_part_of_a_checkpoint():
 
 
 class Elsewhere(Tensor):
-    """A tensor that says it is not where the mask is."""
+    """A tensor that claims to be on another device than the mask."""
 
     device = property(lambda self: torch.device("meta"))
 

@@ -1,4 +1,4 @@
-"""MaskFormer against a second writing-down of its network and, for its losses, against all assignments tried."""
+"""MaskFormer compared with a second implementation; its losses with those of the best of all assignments."""
 
 import math
 from itertools import permutations
@@ -52,7 +52,7 @@ def normalise(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def second_writing(model: MaskFormer, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Class and mask logits after every decoder layer, from tensors by their names, without torch's layers."""
+    """Compute class and mask logits after every decoder layer from the tensors, without torch's layers."""
     state, heads = model.state_dict(), model.transformer_decoder.layers[0].cross_attention.num_heads
 
     def conv_norm(x: Tensor, name: str) -> Tensor:
@@ -89,7 +89,7 @@ def second_writing(model: MaskFormer, image: Tensor) -> tuple[list[Tensor], list
     memory = F.conv2d(c5, state[f"{name}.weight"], state[f"{name}.bias"])
     place = torch.zeros_like(memory)
     channels, height, width = memory.shape[1:]
-    for c in range(channels):  # the first half tells the row, the second the column
+    for c in range(channels):  # the first half encodes the row, the second half the column
         pair = c % (channels // 2) // 2
         wave = math.cos if c % 2 else math.sin
         for i in range(height):
@@ -117,7 +117,7 @@ def test_network_is_the_papers_graph():
     model = narrow(5, dropout=0.0).double().train()
     for module in (*model.pixel_decoder.modules(), *model.transformer_decoder.modules()):
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            nn.init.uniform_(module.weight, 0.5, 1.5)  # fresh ones hide what they do
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # the initial ones change nothing
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, 0, 0.3)
@@ -126,7 +126,7 @@ def test_network_is_the_papers_graph():
     with torch.no_grad():
         our_masks, our_classes = model.network(image)
         classes, masks = map(torch.stack, second_writing(model, image))
-    for axis in (0, 2):  # layers and segments differ, so that a match says something
+    for axis in (0, 2):  # layers and segments differ, so that a match proves something
         assert classes.std(dim=axis).mean() > 0.03 and masks.std(dim=axis).mean() > 0.03
     torch.testing.assert_close(our_classes, classes, atol=1e-6, rtol=0)
     torch.testing.assert_close(our_masks, masks, atol=1e-6, rtol=0)
@@ -206,7 +206,7 @@ def test_every_parameter_learns_at_any_size(classes, size):
     sum(terms.values()).backward()
     still = {name for name, p in model.named_parameters() if not (p.grad is not None and p.grad.abs().sum() > 0)}
     idle = ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "norm1.weight")
-    # the first layer's queries have nothing to exchange before biases leave 0
+    # the self-attention of the first layer exchanges zeros as long as biases are 0
     assert still <= {f"transformer_decoder.layers.0.{name}" for name in idle}
 
 
@@ -216,7 +216,7 @@ def test_every_parameter_learns_at_any_size(classes, size):
 def by_hand(
     classes: np.ndarray, masks: np.ndarray, mask: np.ndarray, num_classes: int
 ) -> tuple[dict[str, float], list[tuple]]:
-    """Terms of one layer, loops over pixels' sums; classes (N, Q, K + 1), masks (N, Q, h, w), mask (N, H, W)."""
+    """Compute the loss terms of one layer in loops; classes (N, Q, K + 1), masks (N, Q, h, w), mask (N, H, W)."""
 
     def focal(x: np.ndarray, y: np.ndarray) -> float:
         p = 1 / (1 + np.exp(-x))
@@ -267,7 +267,7 @@ def by_hand(
 
 
 def stub(classes: int = 3, layers: int = 3, images: int = 2, queries: int = 4, side: int = 8) -> Decoded:
-    """Random logits in place of the network's, each a leaf."""
+    """Build a model that gives random logits; each is a leaf of the graph."""
     model = narrow(classes, Decoded)
     model.maps = {
         "main": 2 * torch.randn(layers, images, queries, side, side),
@@ -303,7 +303,7 @@ def test_losses_are_those_of_the_best_assignment(classes, queries, size):
         for c, m in zip(model.maps["classes"], model.maps["main"], strict=True)
     ]
     if classes > 1:
-        assert len({str(chosen) for _, chosen in each}) > 1  # each layer has an assignment of its own
+        assert len({str(chosen) for _, chosen in each}) > 1  # each layer has its own assignment
     for name in ("class", "mask", "dice"):
         values = [layer[name] for layer, _ in each]
         assert terms[name].item() == pytest.approx(values[-1], rel=1e-4)
@@ -341,7 +341,9 @@ def test_batch_without_masks_is_finite_and_reaches_every_parameter(label):
     model = narrow(1).train()
     terms = model.losses({"image": torch.rand(2, 3, 32, 32), "mask": torch.full((2, 32, 32), label)})
     sum(terms.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())  # else DDP would wait
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for p in model.parameters()
+    )  # otherwise DDP would wait for it
     assert terms["mask"] == terms["dice"] == terms["aux_mask"] == terms["aux_dice"] == 0
     assert terms["class"] == 0 if label == IGNORE else terms["class"] > 0
 

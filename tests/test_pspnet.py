@@ -1,4 +1,4 @@
-"""PSPNet against a second writing-down, and its pooling and interpolation by hand."""
+"""PSPNet compared with a second implementation, and its pooling and interpolation with values computed by hand."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_parameter_counts(backbone, aux_loss_weight, parameters):
 
 
 def narrow(num_classes: int = 3, **arguments) -> PSPNet:
-    """A small network with random statistics of batch norm; fresh ones hide what they do."""
+    """A small network with random statistics of batch norm; the initial ones change nothing."""
     torch.manual_seed(2)
     model = PSPNet(num_classes, base_channels=4, **arguments)
     for name, module in model.named_modules():
@@ -40,7 +40,7 @@ def narrow(num_classes: int = 3, **arguments) -> PSPNet:
 
 
 class Second:
-    """The released model, from its tensors alone; the comments give the sizes of a 473 x 473 crop."""
+    """The released model, from its tensors only; the comments give the sizes of a 473 x 473 crop."""
 
     def __init__(self, model: PSPNet, bins: tuple[int, ...] = (1, 2, 3, 6)) -> None:
         self.p, self.bins = model.state_dict(), bins
@@ -112,7 +112,7 @@ def test_training_adds_two_fifths_of_the_second_heads_loss():
 
 
 def test_pooled_regions_by_hand():
-    """Two channels a level, each a copy of one input channel: what comes out is the mean over each region."""
+    """Each level has two channels, each a copy of one input channel, so the result is the mean over each region."""
     pooling = PyramidPooling(4, bins=(1, 2)).eval()
     for level in pooling.features:
         level[1].weight.data = torch.eye(4)[:2, :, None, None]

@@ -1,4 +1,4 @@
-"""Files of other projects, in their names and computed as they compute, against ours with the same weights.
+"""Files of other projects: our network gives the logits that theirs gives with the same weights.
 
 Each peer is written down here from its project's definition as a function over a `Peer`, which draws a layer's weights
 when its name first comes up. So the names and the arithmetic are independent of ours.
@@ -18,7 +18,7 @@ W = 16  # width of the first stage instead of 64, which keeps names and arithmet
 
 
 class Peer(dict):
-    """A state dict that draws what is missing, and the two layers that all peers are made of."""
+    """A state dict that draws missing weights at random, and the two layers that all peers consist of."""
 
     def __init__(self) -> None:
         self.random = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def kazuto(p: Peer, image: Tensor, prefix: str = "") -> Tensor:
 
 
 def kazuto_msc(p: Peer, image: Tensor) -> Tensor:
-    """The same on three scales; smaller score maps come up to the first, and the largest score wins."""
+    """The same on three scales: smaller score maps are enlarged to the first, and the largest score counts."""
     maps = [kazuto(p, image, "base.")]
     for scale in (0.75, 0.5):
         small = F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
@@ -100,7 +100,7 @@ def semseg(p: Peer, image: Tensor) -> Tensor:
     x = F.max_pool2d(x, 3, 2, 1)
     for stage, (count, stride, d) in enumerate([(3, 1, 1), (4, 2, 1), (6, 1, 2), (3, 1, 4)], start=1):
         x = p.resnet_stage(x, f"layer{stage}", W * 2 ** (stage - 1), stride, [d] * count)
-        if stage == 3:  # drawn for the file alone: the auxiliary head is not used in evaluation
+        if stage == 3:  # for the file only: evaluation does not use the auxiliary head
             p.conv(p.bn(p.conv(x, "aux.0", 4 * W, 3, padding=1), "aux.1"), "aux.4", 5, bias=True)
     pooled = [x]
     for i, bins in enumerate((1, 2, 3, 6)):
@@ -142,7 +142,7 @@ def separable(p: Peer, x: Tensor, name: str, out: int, dilation: int = 1, stride
 
 
 def jfzhang_xception(p: Peer, image: Tensor, stride8: bool) -> Tensor:
-    """AlignedXception: its ReLUs work in place, so a shortcut carries what the first ReLU of its unit left."""
+    """AlignedXception: its ReLUs work in place, so a shortcut carries the output of the first ReLU of its unit."""
     width = {c: W * c // 64 for c in (32, 64, 128, 256, 728, 1024, 1536, 2048)}
     x = F.relu(p.bn(p.conv(image, "backbone.conv1", width[32], 3, stride=2, padding=1), "backbone.bn1"))
     x = F.relu(p.bn(p.conv(x, "backbone.conv2", width[64], 3, padding=1), "backbone.bn2"))
@@ -196,7 +196,7 @@ def mobilenet(p: Peer, image: Tensor, names, dilations: dict[int, int], padding:
 
 
 def jfzhang_mobilenet(p: Peer, image: Tensor) -> Tensor:
-    """A stage that lost its stride keeps dilation 1, the next has 2; each tensor stands under two names."""
+    """A stage that lost its stride keeps dilation 1, the next has 2; each tensor has two names."""
 
     def names(index: int, place: int) -> str:
         return f"backbone.features.0.{place}" if index == 0 else f"backbone.features.{index}.conv.{place}"
@@ -278,7 +278,7 @@ def milesial(p: Peer, image: Tensor, bilinear: bool) -> Tensor:
 
 
 def to_image(network):
-    """A network whose scores stay at stride 8, brought to the image as its project does in evaluation."""
+    """Interpolate scores at stride 8 to the size of the image, as the project does in evaluation."""
     return lambda p, image: up(network(p, image), image.shape[-2:], align=False)
 
 
@@ -307,7 +307,7 @@ CASES = {
 
 @pytest.mark.parametrize("stride", [16, 8])
 def test_a_file_of_segmentation_models_pytorch_gives_its_logits(stride, tmp_path):
-    """Their DeepLabV3Plus takes sides that 16 divides alone."""
+    """Their DeepLabV3Plus accepts only sides that are multiples of 16."""
     rates = (6, 12, 18) if stride == 16 else (12, 24, 36)
     peer = smp.DeepLabV3Plus(
         "resnet50", encoder_weights=None, classes=5, encoder_output_stride=stride, decoder_atrous_rates=rates
@@ -343,5 +343,5 @@ def test_a_published_file_gives_its_projects_logits(case, tmp_path):
     for image in images:
         with torch.inference_mode():
             theirs = network(peer, image)
-            assert 0.1 < theirs.std() < 30  # scores that differ from pixel to pixel, so that a match says something
+            assert 0.1 < theirs.std() < 30  # scores that differ from pixel to pixel, so that a match proves something
             torch.testing.assert_close(ours(image), theirs, atol=1e-4, rtol=1e-5)

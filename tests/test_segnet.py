@@ -1,4 +1,4 @@
-"""SegNet against a second writing-down of its released layer tables, torchvision's VGG-16 and hand-made values."""
+"""SegNet against a second implementation of its released layer tables, torchvision's VGG-16 and hand-made values."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_widths_are_those_of_the_released_layer_table(variant):
 
 
 def second_writing(model: SegNet, image: Tensor, basic: bool) -> Tensor:
-    """The table as one flat loop over the state dict."""
+    """Run the table as one flat loop over the state dict."""
     state = model.state_dict()
     x, stack = image, []
     if basic:  # three channels: every one is within two of every other

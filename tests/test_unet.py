@@ -1,4 +1,4 @@
-"""U-Net against a second writing-down of the paper's figure, and the sizes of its valid convolutions."""
+"""U-Net against a second implementation of the paper's figure, and the sizes of its valid convolutions."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_parameter_counts_equal_the_papers(build, parameters):
 
 
 class Milesial(nn.Module):
-    """The padded U-Net written down a second time from the paper's figure, flat and functional."""
+    """The padded U-Net implemented a second time from the paper's figure, in functions."""
 
     def __init__(self, unet: UNet, bilinear: bool) -> None:
         super().__init__()
@@ -83,7 +83,9 @@ def test_valid_unet_loses_184_pixels(side, expected):
 def test_valid_unet_forward_equals_the_bare_network_inside_the_mirrored_image():
     unet = UNet(2, base_channels=4, padding="valid", batch_norm=False).eval()
     image = torch.randn(1, 3, 20, 36)
-    padded = F.pad(F.pad(image, (30, 30, 0, 0), "reflect"), (0, 0, 18, 18), "reflect")  # all that torch can at once
+    padded = F.pad(
+        F.pad(image, (30, 30, 0, 0), "reflect"), (0, 0, 18, 18), "reflect"
+    )  # torch reflects no wider border in one step
     inner = mirror(image, 18, 18, 30, 30)
     torch.testing.assert_close(inner, padded)
     with torch.inference_mode():
@@ -93,7 +95,7 @@ def test_valid_unet_forward_equals_the_bare_network_inside_the_mirrored_image():
 
 
 def test_pixel_shuffle_keeps_every_pixel():
-    """Each logit may depend on each pixel of its own block, so none is dropped as by a strided network."""
+    """Each logit depends on every pixel of its own block; a strided network would drop some."""
     unet = UNet(2, base_channels=4, pixel_shuffle=2).eval()
     image = torch.randn(1, 3, 32, 32, requires_grad=True)
     unet(image)[0, 0, 16, 16].backward()

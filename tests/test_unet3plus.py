@@ -1,4 +1,4 @@
-"""UNet 3+ against its published counts, a second writing-down, torchmetrics' MS-SSIM and values worked out by hand."""
+"""UNet 3+ against its published counts, a second implementation, torchmetrics' MS-SSIM and values computed by hand."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from segmentation.losses import CrossEntropy
 
 
 def shake(module: nn.Module) -> nn.Module:
-    """Random batch-norm statistics and affine parameters: fresh ones hide what they do."""
+    """Random batch-norm statistics and affine parameters: the initial ones change nothing."""
     torch.manual_seed(1)
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -44,7 +44,7 @@ def test_parameter_counts_equal_the_papers(build, parameters):
 
 
 def test_operations_equal_the_papers():
-    """The coarse maps are enlarged before their convolutions: after them, it would be far fewer operations."""
+    """The coarse maps are enlarged before their convolutions; the other order would need far fewer operations."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         UNet3Plus(21, deep_supervision=False).eval()(torch.empty(1, 3, 320, 320))
     assert counter.get_total_flops() / 2e9 == pytest.approx(314.73, abs=0.005)
@@ -56,7 +56,7 @@ def layer(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def written_down(model: UNet3Plus, image: Tensor) -> list[Tensor]:
-    """The scores of the five scales at the image's size, with every map resized by its sides alone."""
+    """Compute the scores of the five scales at the image's size; every map is resized by its sides only."""
     height, width = image.shape[-2:]
     x = F.pad(image, (0, -width % 16, 0, -height % 16), mode="reflect")
     full = x.shape[-2:]
@@ -109,7 +109,7 @@ def test_any_size_has_logits_and_finite_losses(classes, size):
 
 
 def blobs(*shape: int) -> tuple[Tensor, Tensor]:
-    """A smooth map of probabilities and a target that it partly follows."""
+    """Draw a smooth map of probabilities and a target that it partly follows."""
     torch.manual_seed(2)
     target = (F.avg_pool2d(torch.randn(shape), 7, 1, 3) > 0).float()
     return (0.6 * target + 0.3 * F.avg_pool2d(torch.rand(shape), 3, 1, 1)).clamp(0, 1), target
@@ -147,7 +147,7 @@ def test_ms_ssim_of_even_maps_is_their_luminance_once_whatever_is_ignored():
 
 
 def test_ms_ssim_takes_its_statistics_from_labelled_pixels_window_by_window():
-    """Two scales, written down pixel by pixel: the mean over windows, each by the share of it that is labelled."""
+    """Compute two scales pixel by pixel: the mean over windows, weighted by the labelled share of each."""
     probs, target = (x[0, 0].double().numpy() for x in blobs(1, 1, 22, 24))
     share = (np.random.default_rng(0).random((22, 24)) > 0.5).astype(float)
     share[:, 11:20] = 0
@@ -278,7 +278,7 @@ def test_terms_are_the_paper_s_sum_and_an_injected_loss_replaces_them():
 
 
 def answer(model: UNet3Plus, pairs: list[list[float]]) -> None:
-    """Make the module say, for an image, these scores of absence and of presence per class."""
+    """Make the module give these scores of absence and presence per class for an image."""
     model.guidance[1].weight.data.zero_()
     model.guidance[1].bias.data = torch.tensor(pairs).flatten()
 

@@ -201,7 +201,7 @@ IMAGENET = {
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_weights_are_loaded_and_inflated(name, monkeypatch):
-    """Torchvision's own network, drawn and not downloaded; every tensor of it that has a place here arrives."""
+    """Torchvision's network has random weights here, nothing is downloaded; every tensor that fits is loaded."""
     build, peer, first = IMAGENET[name]
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *args, **kwargs: tensor)
     state = peer(weights=None).state_dict()
