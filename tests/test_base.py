@@ -1,4 +1,4 @@
-"""The shared steps: optimizer groups, schedule, losses, metrics; compared with torch or with values computed by hand."""
+"""The shared steps: optimizer groups, schedule, losses, metrics; compared with torch or values computed by hand."""
 
 import lightning as L
 import pytest

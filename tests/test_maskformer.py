@@ -341,9 +341,7 @@ def test_batch_without_masks_is_finite_and_reaches_every_parameter(label):
     model = narrow(1).train()
     terms = model.losses({"image": torch.rand(2, 3, 32, 32), "mask": torch.full((2, 32, 32), label)})
     sum(terms.values()).backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() for p in model.parameters()
-    )  # otherwise DDP would wait for it
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())  # otherwise DDP waits
     assert terms["mask"] == terms["dice"] == terms["aux_mask"] == terms["aux_dice"] == 0
     assert terms["class"] == 0 if label == IGNORE else terms["class"] > 0
 

@@ -83,9 +83,8 @@ def test_valid_unet_loses_184_pixels(side, expected):
 def test_valid_unet_forward_equals_the_bare_network_inside_the_mirrored_image():
     unet = UNet(2, base_channels=4, padding="valid", batch_norm=False).eval()
     image = torch.randn(1, 3, 20, 36)
-    padded = F.pad(
-        F.pad(image, (30, 30, 0, 0), "reflect"), (0, 0, 18, 18), "reflect"
-    )  # torch reflects no wider border in one step
+    # Torch reflects no wider border in one step.
+    padded = F.pad(F.pad(image, (30, 30, 0, 0), "reflect"), (0, 0, 18, 18), "reflect")
     inner = mirror(image, 18, 18, 30, 30)
     torch.testing.assert_close(inner, padded)
     with torch.inference_mode():
