@@ -6,7 +6,6 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -16,12 +15,24 @@ from lightning.pytorch.utilities import rank_zero_only
 import datamodules
 import datamodules.errors
 import segmentation
-from segmentation import callbacks, checkpoints, runs
+from segmentation import callbacks, runs
 
 from .commands.check_data import check_data
 from .errors import UserError
 from .messages import sentence
 from .parser import KEPT, OWN, Parser, Trainer, unused, version, with_checkpoint_model
+
+
+class Failed(BaseException):
+    """An exception that a constructor has raised, as the cause of this one, which passes the parser unchanged."""
+
+
+def built(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Return an object of a class."""
+    try:
+        return cls(*args, **kwargs)
+    except Exception as error:
+        raise Failed from error
 
 
 class CLI(LightningCLI):
@@ -81,13 +92,7 @@ class CLI(LightningCLI):
         """Settle what depends on earlier runs and on the W&B key, before anything is built."""
         config = self.config[self.subcommand]
         runs.settle(config)
-        if config.get("ckpt_path"):
-            if config.ckpt_path in ("last", "best"):
-                config.ckpt_path = checkpoints.newest(runs.folder(config), config.ckpt_path)
-            if "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
-                raise UserError(f"the checkpoint {config.ckpt_path} does not exist")
-            if config.get("model") is not None and "weights" in config.model.init_args:
-                take_from_checkpoint(config.model.init_args, config.ckpt_path)
+        runs.find_checkpoint(config)
         if self.subcommand in ("validate", "test") and any(
             "Report" in callback.class_path for callback in config.trainer.callbacks or []
         ):
@@ -101,6 +106,11 @@ class CLI(LightningCLI):
         else:
             runs.log_offline_without_key(config)
 
+    def instantiate_classes(self) -> None:
+        """Build all classes, and let no parser change an exception of a constructor."""
+        self.parser.add_instantiator(built, object, subclasses=True)
+        super().instantiate_classes()
+
     @rank_zero_only
     def before_fit(self) -> None:
         """Take the CSV rows of a resumed run along."""
@@ -109,17 +119,6 @@ class CLI(LightningCLI):
     def check_data(self, model: None, **options: Any) -> None:
         """Run `check_data` without the model that a LightningCLI hands to every command."""
         check_data(self.trainer, **options)
-
-
-def take_from_checkpoint(init_args: Any, path: str) -> None:
-    """Leave weights to the checkpoint, with what they made of arguments that were None: null is what they need."""
-    init_args.weights = None
-    if "://" in path:
-        return
-    saved = checkpoints.read(path).get("segmentation")
-    for key, value in (saved["init_args"] if saved else {}).items():
-        if init_args.get(key, 0) is None:
-            init_args[key] = value
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -135,11 +134,16 @@ def main(args: Sequence[str] | None = None) -> None:
         lambda record: "💡 Tip" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    error: BaseException
     try:
         CLI(None if args is None else list(args))
-    except Exception as error:
-        message = sentence(error, (UserError, datamodules.errors.UserError))
-        if message is None:
-            raise
-        sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(1) from None
+        return
+    except Failed as failed:
+        error = failed.__cause__ or failed
+    except Exception as other:
+        error = other
+    message = sentence(error, (UserError, datamodules.errors.UserError))
+    if message is None:
+        raise error
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(1)

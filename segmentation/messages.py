@@ -79,19 +79,13 @@ def class_names(message: str) -> list[str]:
     return [name for path in paths for name in dir(importlib.import_module(path)) if name[0].isupper()]
 
 
-def sentence(error: BaseException | None, kinds: tuple[type[Exception], ...] = (UserError,)) -> str | None:
+def sentence(error: BaseException, kinds: tuple[type[Exception], ...] = (UserError,)) -> str | None:
     """Return the message of an error that the user can mend; None for any other, which keeps its traceback.
 
     Args:
-        error: an exception of `kinds`, or one raised from it, as the parser raises one from a constructor's.
+        error: any exception.
         kinds: the classes of exceptions whose message is for the user.
     """
-    while error is not None:
-        text = str(error)
-        if isinstance(error, kinds):
-            return text.rpartition("UserError: ")[2].strip()  # a loader's worker puts its traceback before the message
-        if "of the Union subtypes" in text:  # an older parser only quotes the exception
-            quoted = re.findall(r"^ *- (?!Expected an? )(.+)$", text, re.MULTILINE)
-            return quoted[-1] if quoted else None
-        error = error.__cause__
-    return None
+    if not isinstance(error, kinds):
+        return None
+    return str(error).rpartition("UserError: ")[2].strip()  # a loader's worker puts its traceback before the message

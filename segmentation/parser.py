@@ -62,7 +62,8 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, command: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, usage=f"lightning {command} [options]" if command else None, **kwargs)
+        usage = f"lightning {command} [options]" if command else None
+        super().__init__(*args, usage=usage, allow_abbrev=False, **kwargs)
         self.command = command
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]

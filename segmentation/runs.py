@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from . import checkpoints
+from .errors import UserError
 
 DEFAULTS = str(Path(__file__).with_name("run.yaml"))  # how every run is logged, saved and drawn
 
@@ -51,7 +52,7 @@ def settle(config: Namespace) -> None:
 
 
 def dropped(callback: Namespace, later: Sequence[Namespace], trainer: Namespace) -> bool:
-    """Return whether a callback is listed again later, as one of this package may be, or needs what is switched off."""
+    """Return whether a later callback replaces one of this package, or a switch of the trainer turns it off."""
     name = callback.class_path.rpartition(".")[2]
     off = {"LearningRateMonitor": trainer.logger, "ModelCheckpoint": trainer.enable_checkpointing}.get(name) is False
     ours = callback.class_path.startswith("segmentation.")
@@ -75,6 +76,33 @@ def folder(config: Namespace) -> Path | None:
     """Return the folder that holds the versions of a run; None without a CSVLogger."""
     found = [logger.init_args for logger in loggers(config, "CSVLogger")]
     return Path(found[-1].save_dir) / str(found[-1].name) if found else None
+
+
+def find_checkpoint(config: Namespace) -> None:
+    """Replace ``last`` or ``best`` by the path of a checkpoint, and take the model's missing arguments from it.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    if not config.get("ckpt_path"):
+        return
+    if config.ckpt_path in ("last", "best"):
+        config.ckpt_path = checkpoints.newest(folder(config), config.ckpt_path)
+    if "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
+        raise UserError(f"the checkpoint {config.ckpt_path} does not exist")
+    if config.get("model") is not None and "weights" in config.model.init_args:
+        take_from_checkpoint(config.model.init_args, config.ckpt_path)
+
+
+def take_from_checkpoint(init_args: Namespace, path: str) -> None:
+    """Leave the weights to the checkpoint, and give arguments of None the values that it stores."""
+    init_args.weights = None
+    if "://" in path:  # Lightning reads it later
+        return
+    saved = checkpoints.read(path).get("segmentation")
+    for key, value in (saved["init_args"] if saved else {}).items():
+        if init_args.get(key, 0) is None:
+            init_args[key] = value
 
 
 def log_offline_without_key(config: Namespace) -> None:
