@@ -1,18 +1,18 @@
-"""Every architecture, the same data, the same minutes: what each mIoU costs, and who confuses what.
+"""Compare architectures: train each for the same minutes on the same data, and report mIoU, costs and confusions.
 
     python benchmarks/compare.py                                         # SyntheticScenes, two minutes each
     python benchmarks/compare.py --architectures UNet SegNet --minutes 1 --output_dir logs/two
     python benchmarks/compare.py --data CamVid --data.root PATH --data.crop_size 224 --data.batch_size 4 --minutes 10
     python benchmarks/compare.py --output_dir logs/compare --draw_only   # tables and pictures again, from results.json
 
-Each architecture trains alone in a process of its own. Its step is timed first; then it starts anew with as many steps
-as fill the minutes, so that its learning rate comes down to 0 in time. Then the test split is read once. Without a GPU
-one thread computes and its CPU time is the clock, so that nothing else on the machine is counted. What is done already
-is not repeated: a comparison that was cut short goes on with the same command.
+Each architecture trains in a separate process. The script first times a training step. Then it starts again, with as
+many steps as fit into the minutes, so that the learning rate reaches 0 at their end. Then it runs the test split once.
+Without a GPU, one thread computes, and the script measures its CPU time, so other programs do not change the result.
+Finished architectures are not trained again: after an interruption, the same command continues.
 
-All start from random weights and learn with AdamW under poly with warm-up, gradients clipped to norm 1. The losses are
-the papers', but for U-Net 3+, which has cross-entropy at every scale: its hybrid loss would take most of its time.
-`VARIANTS` has widths and learning rates.
+All architectures start from random weights. They learn with AdamW, the poly schedule with warm-up, and gradients
+clipped to norm 1. The losses are those of the papers, except for U-Net 3+, which has cross-entropy at every scale: its
+hybrid loss would take most of its time. `VARIANTS` holds widths and learning rates.
 """
 
 import json
@@ -47,7 +47,7 @@ from segmentation.pictures import index_mask, rgb
 
 
 class Variant(NamedTuple):
-    """How an architecture takes part: its family, its learning rate, and what makes it narrow enough for a CPU."""
+    """The settings of an architecture: family, learning rate, and arguments that make it narrow enough for a CPU."""
 
     family: str
     lr: float
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
 
 
 RESNET = {"backbone": "resnet50", "base_channels": 16}
-# Atrous rates are the papers' in proportion to the map: 112 pixels at output stride 8 are 14, where the papers have 65.
+# The papers' atrous rates, scaled with the feature map: its side is 14 here (112 pixels at stride 8), 65 in the papers.
 VARIANTS = {
     "FCN": Variant(FCN, 1e-3, {"base_channels": 8, "at_once": True}),
     "DeepLabV1": Variant(DILATED, 1e-3, {"base_channels": 16}),
@@ -74,14 +74,14 @@ SCENES = {
     "class_path": "datamodules.SyntheticScenes",
     "init_args": {"size": [112, 112], "batch_size": 4, "num_workers": 1},
 }
-WARM, TIMED = 5, 15  # steps before the clock counts, and counted ones
-EDGE = 2  # a pixel is near an edge if a label changes within so many pixels of it
+WARM, TIMED = 5, 15  # steps before the measurement, and measured steps
+EDGE = 2  # a pixel is near an edge if the label changes within this distance, in pixels
 SHOWN = (3, 5)  # test images whose predictions are drawn
 PAIRS = (("boat", "car"), ("car", "boat"), ("pillow", "sheet"), ("sheet", "pillow"), ("sheep", "sky"), ("sky", "sheep"))
 
 
 class Clock(L.Callback):
-    """Notes when each training step begins and ends, in seconds."""
+    """A callback that stores when each training step begins and ends, in seconds."""
 
     def __init__(self) -> None:
         self.begins: list[float] = []
@@ -95,7 +95,7 @@ class Clock(L.Callback):
 
 
 class Looker(L.Callback):
-    """Counts the test split's confusions ``near`` changes of the label and ``inside``, and keeps images to show."""
+    """A callback that counts confusions on the test split, near edges and inside, and keeps the images to show."""
 
     def __init__(self, classes: int) -> None:
         self.near, self.inside = torch.zeros(2, classes, classes, dtype=torch.int64)
@@ -114,14 +114,14 @@ class Looker(L.Callback):
 
 
 def near_edges(mask: Tensor) -> Tensor:
-    """Tell which pixels see a second label, ignored ones too, within `EDGE` pixels: ``(N, H, W)``, bool."""
+    """Return the pixels with a second label, ignored or not, within `EDGE` pixels: ``(N, H, W)``, bool."""
     labels = mask[:, None].float()
     highest, lowest = (sign * F.max_pool2d(sign * labels, 2 * EDGE + 1, 1, EDGE)[:, 0] for sign in (1, -1))
     return highest != lowest
 
 
 def now() -> float:
-    """Seconds: with the GPU's work done, or else of CPU time, which other programs do not stretch."""
+    """Return seconds: after the GPU has finished, or else of CPU time, which other programs do not lengthen."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -129,11 +129,11 @@ def now() -> float:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in MiB: allocated on the GPU, else resident."""
+    """Return the largest memory of this process so far, in MiB: allocated on the GPU, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where ru_maxrss would begin with the parent's
+    if status.is_file():  # on Linux, ru_maxrss would include the parent's memory
         return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) / 2**10
     import resource  # not on Windows
 
@@ -141,19 +141,19 @@ def peak_memory() -> float:
 
 
 def macs(model: segmentation.SegmentationModule, image: Tensor) -> int:
-    """Multiply-accumulates of the convolutions and matrix products in one evaluation of stored images."""
+    """Count the multiply-accumulates of convolutions and matrix products in one forward pass of stored images."""
     model.eval()
-    # Fused attention goes uncounted: of nn.MultiheadAttention under no_grad, and of the CPU since torch 2.14.
+    # The counter misses fused attention: nn.MultiheadAttention under no_grad, and on a CPU since torch 2.14.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(model.preprocess(image))
     return counter.get_total_flops() // 2
 
 
 def measure(name: str, data: SegmentationDataModule, settings: dict[str, Any], pictures: Path) -> dict[str, Any]:
-    """Time, train and test one architecture; gives its part of ``results.json``."""
+    """Time, train and test one architecture; return its part of ``results.json``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)  # two would wait for each other, and their CPU time would be no time at all
+    torch.set_num_threads(1)  # two threads would wait for each other, and CPU time would count the waiting
     family, lr, arguments = VARIANTS[name]
 
     def trainer(callback: L.Callback, **limits: Any) -> L.Trainer:
@@ -175,7 +175,7 @@ def measure(name: str, data: SegmentationDataModule, settings: dict[str, Any], p
     _, clock = train(WARM + TIMED)
     memory = peak_memory() - before
     each = [end - begin for begin, end in zip(clock.begins, clock.ends, strict=True)][WARM:]
-    rate = TIMED / (clock.ends[-1] - clock.ends[WARM - 1])  # with a GPU, waiting for data counts
+    rate = TIMED / (clock.ends[-1] - clock.ends[WARM - 1])  # with a GPU, this includes the time to wait for data
     steps = max(1, round(60 * settings["minutes"] * rate))
 
     model, clock = train(steps)
@@ -203,7 +203,7 @@ def measure(name: str, data: SegmentationDataModule, settings: dict[str, Any], p
 
 
 def compare(names: Sequence[str], data: SegmentationDataModule, settings: dict[str, Any], folder: Path) -> None:
-    """Measure what ``results.json`` does not hold yet.
+    """Measure the architectures that ``results.json`` does not hold yet.
 
     Raises:
         SystemExit: if the folder holds a comparison with other settings.
@@ -214,7 +214,7 @@ def compare(names: Sequence[str], data: SegmentationDataModule, settings: dict[s
     for key, value in settings.items():
         if saved["settings"][key] != value:
             there = f"error: {folder} holds a comparison with {key} {saved['settings'][key]}"
-            raise SystemExit(f"{there}, and this one has {value}: choose another --output_dir")
+            raise SystemExit(f"{there}, but this comparison has {value}: choose another --output_dir")
     saved |= {"class_names": list(data.class_names), "palette": [list(colour) for colour in data.palette]}
     for name in names:
         done = saved["results"].get(name, {})
@@ -222,7 +222,7 @@ def compare(names: Sequence[str], data: SegmentationDataModule, settings: dict[s
             print(f"{name}: done already")
             continue
         print(f"{name}: {settings['minutes']:g} minutes ...", flush=True)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # whose memory is its own
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # its memory starts small
             saved["results"][name] = process.submit(measure, name, data, settings, folder / "shown").result()
         file.write_text(json.dumps(saved), encoding="utf-8")
 
@@ -237,7 +237,7 @@ def write(folder: Path) -> None:
         result["called"] = 100 * (near + inside) / (near + inside).sum(dim=1, keepdim=True)
     results = dict(sorted(results.items(), key=lambda item: -item[1]["mious"][2]))
     pairs = [(names.index(truth), names.index(other)) for truth, other in PAIRS if {truth, other} <= set(names)]
-    if not pairs:  # other data: what is confused most
+    if not pairs:  # for other data, take the most frequent confusions
         called = torch.stack([result["called"] for result in results.values()]).mean(dim=0)
         order = called.nan_to_num().fill_diagonal_(0).flatten().argsort(descending=True)
         pairs = [divmod(int(i), len(names)) for i in order[:6]]
@@ -250,9 +250,9 @@ def write(folder: Path) -> None:
 
     size = "x".join(map(str, result["image_size"]))
     text = (
-        f"Each was trained for {settings['minutes']:g} minutes from random weights, seed {settings['seed']}, on "
-        f"{settings['machine']}. MACs are of one image of {size}, step and memory of training; near edges is within "
-        f"{EDGE} px of a change of label. The second table is in % of the true class's pixels.\n\n"
+        f"Each network was trained for {settings['minutes']:g} minutes from random weights, seed {settings['seed']}, "
+        f"on {settings['machine']}. MACs are of one image of {size}; step and memory are of training; near edges means "
+        f"within {EDGE} px of a change of label. The second table is in % of the true class's pixels.\n\n"
     )
     costs = {
         name: [
@@ -272,22 +272,22 @@ def write(folder: Path) -> None:
 
 
 def markdown(titles: Sequence[str], rows: dict[str, list]) -> str:
-    """A Markdown table with a row per architecture."""
+    """Return a Markdown table with a row per architecture."""
     lines = [["architecture", *titles], ["---"] * (len(titles) + 1), *([name, *row] for name, row in rows.items())]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def main() -> None:
-    """Read the command line, train what is missing, draw."""
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # jsonargparse renames what Lightning still calls
+    """Read the command line, train the missing architectures, and draw the results."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Lightning calls old names of jsonargparse
     parser = ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_subclass_arguments(SegmentationDataModule, "data", default=SCENES, fail_untyped=False)
-    parser.add_argument("--minutes", type=float, default=2.0, help="of training, for each architecture")
+    parser.add_argument("--minutes", type=float, default=2.0, help="minutes of training for each architecture")
     parser.add_argument("--architectures", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--output_dir", type=Path, default=Path("logs/compare"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="32-true", help="as for Lightning's Trainer, such as bf16-mixed")
-    parser.add_argument("--draw_only", action="store_true", help="tables and pictures from results.json alone")
+    parser.add_argument("--precision", default="32-true", help="precision of Lightning's Trainer, such as bf16-mixed")
+    parser.add_argument("--draw_only", action="store_true", help="only draw tables and pictures from results.json")
     config = parser.parse_args()
     if not config.draw_only:
         settings = json.loads(parser.dump(config, format="json"))

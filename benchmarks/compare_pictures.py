@@ -1,4 +1,4 @@
-"""The pictures of `compare.py`: costs, confusions and predictions."""
+"""Pictures of `compare.py`: costs, confusions and predictions."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def draw_costs(results: dict[str, Any], minutes: float, picture: Path) -> None:
     """Draw mIoU against parameters, MACs, step time and memory.
 
     Args:
-        results: by architecture, with ``family``, ``mious`` (near edges, inside, all) and the costs.
-        minutes: of training, for the title.
+        results: one per architecture, with ``family``, ``mious`` (near edges, inside, all) and the costs.
+        minutes: length of the training, for the title.
         picture: PNG to write.
     """
     figure = Figure(figsize=(10, 8.4), dpi=DPI, layout="constrained")
@@ -43,19 +43,19 @@ def draw_costs(results: dict[str, Any], minutes: float, picture: Path) -> None:
     families = [family for family in COLOURS if family in {result["family"] for result in results.values()}]
     dots = [grid[0, 0].scatter([], [], color=COLOURS[family], s=45, label=family) for family in families]
     figure.legend(handles=dots, loc="outside lower center", ncols=4, frameon=False)
-    figure.draw_without_rendering()  # places the axes, for names are laid out in pixels
+    figure.draw_without_rendering()  # places the axes; names are placed in pixels
     for axes, (key, unit, _) in zip(grid.flat, panels, strict=True):
         write_names(axes, {name: (result[key] / unit, result["mious"][2]) for name, result in results.items()})
     figure.savefig(picture)
 
 
 def write_names(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Write each name near its point, where it covers no point and no other name."""
+    """Write each name near its point, at a place where it covers no point and no other name."""
     spots = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
     ways = [(distance, math.radians(a)) for distance in (0, 12, 26, 42, 60) for a in range(0, 360, 30)]
     for (name, point), (x, y) in zip(points.items(), spots, strict=True):
-        width, height = 9.5 * len(name), 17  # of 10 point letters, in pixels
+        width, height = 9.5 * len(name), 17  # in pixels, for letters of 10 points
         for distance, angle in ways:
             dx = (9 + distance + width / 2) * math.cos(angle)
             dy = (9 + distance + height / 2) * math.sin(angle)
@@ -73,8 +73,9 @@ def draw_confusions(results: dict[str, Any], titles: Sequence[str], picture: Pat
     """Draw shares of confused pixels, and mIoU near edges and inside, as coloured tables.
 
     Args:
-        results: by architecture, with ``shares`` in percent, one per title, and ``mious`` (near edges, inside, all).
-        titles: of the shares.
+        results: one per architecture, with ``shares`` in percent, one per title, and ``mious`` (near edges, inside,
+            all).
+        titles: titles of the shares.
         picture: PNG to write.
     """
     figure = Figure(figsize=(10, 1 + 0.36 * len(results)), dpi=DPI, layout="constrained")
@@ -100,12 +101,12 @@ def draw_confusions(results: dict[str, Any], titles: Sequence[str], picture: Pat
 def draw_predictions(
     architectures: Sequence[str], names: Sequence[str], palette: Sequence[Sequence[int]], folder: Path, picture: Path
 ) -> None:
-    """Draw test images, their truth and every prediction.
+    """Draw test images, their masks and all predictions.
 
     Args:
-        architectures: in this order.
-        names: of the classes.
-        palette: their RGB colours.
+        architectures: names of the architectures, in the order of the picture.
+        names: names of the classes.
+        palette: RGB colours of the classes.
         folder: holds ``<scene>_image.png``, ``<scene>_truth.png`` and ``<scene>_<architecture>.png``.
         picture: PNG to write.
     """

@@ -1,12 +1,12 @@
-"""Draw Landsat-8 patches with fires, in the AI SPARK challenge's form, for a machine without the data.
+"""Draw Landsat-8 patches with fires, in the format of the AI SPARK challenge, for a machine without the data.
 
     python benchmarks/draw_wildfire.py data/wildfire --patches 400
     python benchmarks/compare.py --data Wildfire --data.root data/wildfire --architectures UNet DeepLabV3Plus
 
-Meadow, forest, bare soil and water with typical reflectances; fires as small spots and as long thin fronts, which shine
-in short-wave infrared and most at 2.2 um (band 7); smoke that blurs the visible bands; and what is mistaken for fire:
-bright roofs and sand, which shine at 1.6 um (band 6) at least as much, and clouds. Drawn data says how a recipe runs,
-not how well it would find real fires.
+A patch shows meadow, forest, bare soil and water with typical reflectances. Fires are small spots and long thin fronts.
+They are bright in short-wave infrared, and brightest at 2.2 um (band 7). Smoke blurs the visible bands. Some things
+look like fire: bright roofs and sand, which are at least as bright at 1.6 um (band 6), and clouds. Drawn data shows
+that a recipe runs. It does not show how well the recipe finds real fires.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 SIDE = 256
 # coastal, blue, green, red, near infrared, short-wave infrared 1.6 and 2.2 um, cirrus, two thermal
 BANDS = ["1", "2", "3", "4", "5", "6", "7", "9", "10", "11"]
-SURFACES = np.array([  # reflectance per band; the thermal ones as digital numbers / 65535
+SURFACES = np.array([  # reflectance per band; the thermal bands are digital numbers / 65535
     [0.05, 0.05, 0.08, 0.06, 0.34, 0.20, 0.11, 0.002, 0.38, 0.37],  # meadow
     [0.04, 0.04, 0.05, 0.03, 0.26, 0.12, 0.05, 0.002, 0.36, 0.35],  # forest
     [0.11, 0.13, 0.18, 0.23, 0.30, 0.40, 0.36, 0.003, 0.43, 0.41],  # bare soil
@@ -32,19 +32,19 @@ SMOKE = np.array([0.45, 0.42, 0.38, 0.33, 0.25, 0.08, 0.04, 0.003, 0.36, 0.35])
 
 
 def smooth(rng: np.random.Generator, sigma: float) -> np.ndarray:
-    """Noise ``(SIDE, SIDE)`` of mean 0 and deviation 1 whose features are `sigma` pixels large."""
+    """Return noise ``(SIDE, SIDE)`` of mean 0 and deviation 1, with structures of about `sigma` pixels."""
     noise = gaussian_filter(rng.normal(size=(SIDE, SIDE)), sigma, mode="wrap")
     return (noise - noise.mean()) / noise.std()
 
 
 def spot(rng: np.random.Generator, size: float) -> np.ndarray:
-    """A blob of about `size` pixels in diameter, from 0 to 1: ``(SIDE, SIDE)``."""
+    """Return the opacity of a spot of about `size` pixels in diameter, 0 to 1: ``(SIDE, SIDE)``."""
     y, x = np.mgrid[:SIDE, :SIDE] - rng.uniform(0, SIDE, (2, 1, 1))
     return np.clip(1.5 - np.hypot(y, x) / size * 2 + 0.3 * smooth(rng, max(1, size / 3)), 0, 1)
 
 
 def front(rng: np.random.Generator) -> np.ndarray:
-    """A burning line one to three pixels thin and some fifty long, from 0 to 1: ``(SIDE, SIDE)``."""
+    """Return the opacity of a line of fire, 1 to 3 pixels wide and about 50 long, 0 to 1: ``(SIDE, SIDE)``."""
     centre, direction = rng.uniform(30, SIDE - 30, 2), rng.uniform(0, np.pi)
     y, x = np.mgrid[:SIDE, :SIDE] - centre[:, None, None]
     along, across = x * np.cos(direction) + y * np.sin(direction), y * np.cos(direction) - x * np.sin(direction)
@@ -54,7 +54,7 @@ def front(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """One patch: image ``(SIDE, SIDE, 10)`` uint16 and mask ``(SIDE, SIDE)`` uint8, 1 for fire."""
+    """Draw one patch: image ``(SIDE, SIDE, 10)`` uint16 and mask ``(SIDE, SIDE)`` uint8, 1 for fire."""
     rng = np.random.default_rng(seed)
     cover = np.stack([1.5 * smooth(rng, rng.uniform(10, 25)) + bias for bias in rng.normal(0, 0.8, len(SURFACES))])
     cover = np.exp(3 * cover)
@@ -72,14 +72,14 @@ def draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(rng.integers(0, 3)):
         fire = np.maximum(fire, front(rng))
     lay(FIRE * rng.uniform(0.7, 1.0), fire)
-    if fire.any():  # blown to one side of the fire
+    if fire.any():  # the wind moves the smoke to one side
         drift = np.roll(gaussian_filter(fire, (6, 14)), rng.integers(-12, 13, 2), (0, 1))
         lay(SMOKE, 0.7 * np.clip(drift / max(drift.max(), 1e-9), 0, 1))
     for _ in range(rng.integers(0, 3)):
         lay(CLOUD, 0.9 * spot(rng, rng.uniform(15, 50)))
-        fire = fire * (image[..., 7] < 0.025)  # not seen through a cloud
-    image *= rng.uniform(0.6, 1.1)  # the sun's height
-    numbers = np.where(np.arange(10) < 8, image / 2e-5 + 5000, image * 65535)  # Landsat's scale of reflectance
+        fire = fire * (image[..., 7] < 0.025)  # clouds hide fires
+    image *= rng.uniform(0.6, 1.1)  # height of the sun
+    numbers = np.where(np.arange(10) < 8, image / 2e-5 + 5000, image * 65535)  # the scale of Landsat's reflectance
     numbers += rng.normal(0, 120, image.shape)
     return np.clip(numbers, 0, 65535).astype(np.uint16), (fire > 0.4).astype(np.uint8)
 
@@ -89,8 +89,8 @@ def main(root: Path, patches: int = 400, seed: int = 0) -> None:
 
     Args:
         root: folder for ``train_img/`` and ``train_mask/``.
-        patches: how many.
-        seed: another seed, other patches.
+        patches: number of patches.
+        seed: another seed draws other patches.
     """
     for folder in ("train_img", "train_mask"):
         (root / folder).mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""What `lightning predict_tiff` costs: time and memory over the area of the image.
+"""Measure time and memory of `lightning predict_tiff` over the area of the image.
 
     python benchmarks/large_image.py --sizes '[2500, 5000, 10000, 20000]'
 
-Draws square TIFFs of three bands of 8 bits, tile by tile, and predicts each in a process of its own, with a narrow
-network of 21 classes on one CPU core. The time should grow as the area does, and the memory as the width.
+The script draws square TIFFs of three bands of 8 bits, tile by tile. It predicts each in a separate process, with a
+narrow network of 21 classes on one CPU core. The time should grow in proportion to the area, the memory to the width.
 """
 
 import resource
@@ -23,7 +23,7 @@ TILE = 512
 
 
 def draw(path: Path, size: int) -> None:
-    """Write waves of colour with a little noise, as tiles compressed by deflate."""
+    """Write a TIFF of coloured waves with a little noise, in tiles compressed by deflate."""
     rng = np.random.default_rng(0)
     noise = rng.integers(-6, 7, (TILE, TILE, 3))
 
@@ -40,8 +40,8 @@ def draw(path: Path, size: int) -> None:
 
 
 def measure(image: Path, crop: int) -> tuple[float, float]:
-    """Predict in this process: CPU seconds, which nothing else on the machine lengthens, and peak memory in MiB."""
-    import torch  # not in the process that draws: a child counts the memory of its parent at its birth
+    """Predict in this process; return CPU seconds, which other programs do not lengthen, and peak memory in MiB."""
+    import torch  # not at the top: a child process starts with the memory of its parent in its count
 
     from segmentation import UNet
     from segmentation.commands.predict_tiff import predict_tiff
@@ -57,12 +57,12 @@ def measure(image: Path, crop: int) -> tuple[float, float]:
 
 
 def main(sizes: Sequence[int] = (2500, 5000, 10000), crop: int = 512, folder: Path | None = None) -> None:
-    """Print a table.
+    """Measure all sizes and print a table.
 
     Args:
         sizes: sides of the images in pixels; 20000 takes minutes.
         crop: side of the sliding window.
-        folder: for the images, at most 3 bytes a pixel; a temporary one by default.
+        folder: folder for the images, at most 3 bytes per pixel; by default the system's temporary folder.
     """
     print("| side, px | area, Mpx | CPU seconds | per Mpx | of the first's | peak memory, MiB |")
     print("|---|---|---|---|---|---|", flush=True)

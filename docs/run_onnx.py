@@ -1,6 +1,6 @@
 """Label a photograph with a network that `lightning export` wrote: `python run_onnx.py NETWORK.onnx PHOTO MASK.png`.
 
-Needs onnxruntime, numpy and pillow, and nothing of this project.
+The script needs onnxruntime, numpy and pillow, and nothing of this project.
 """
 
 import json
@@ -15,10 +15,10 @@ session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider
 about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 
 image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB" if about["in_channels"] == 3 else "L")
-if about["size"]:  # the graph takes one size of image alone
+if about["size"]:  # the network accepts a single size of image
     image = image.resize(about["size"][::-1], Image.Resampling.BILINEAR)
 pixels = np.asarray(image, dtype=np.uint8).reshape(1, image.height, image.width, -1).transpose(0, 3, 1, 2)
-probs = session.run(["probs"], {"image": pixels})[0][0]  # (classes, height, width); one class is the foreground's
+probs = session.run(["probs"], {"image": pixels})[0][0]  # (classes, height, width); a single class is the foreground
 labels = probs[0] > 0.5 if len(probs) == 1 else probs.argmax(axis=0)
 
 drawn = Image.fromarray(labels.astype(np.uint8))
