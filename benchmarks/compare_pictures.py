@@ -53,9 +53,9 @@ def write_names(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     """Write each name near its point, at a place where it covers no point and no other name."""
     spots = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
-    ways = [(distance, math.radians(a)) for distance in (0, 12, 26, 42, 60) for a in range(0, 360, 30)]
+    ways = [(distance, math.radians(a)) for distance in (0, 12, 26, 42, 60, 80, 105, 130) for a in range(0, 360, 30)]
     for (name, point), (x, y) in zip(points.items(), spots, strict=True):
-        width, height = 9.5 * len(name), 17  # in pixels, for letters of 10 points
+        width, height = 10 * len(name), 18  # in pixels, for letters of 10 points
         for distance, angle in ways:
             dx = (9 + distance + width / 2) * math.cos(angle)
             dy = (9 + distance + height / 2) * math.sin(angle)

@@ -322,7 +322,7 @@ def test_tune_crf_prints_a_table_and_yaml_that_can_be_pasted(trained, tree):
     axes = ["--w1", "[3, 5]", "--sigma_alpha", "[5, 10, 20]", "--sigma_beta", "[5, 13]", "--num_images", 2]
     arguments = ["tune_crf", "--config", trained / "config.yaml", "--ckpt_path", checkpoint, *axes]
     out = succeed(*arguments, cwd=trained)
-    block = yaml.safe_load(re.search(r"callbacks: .*\n.*\n.*", out)[0])["callbacks"][0]
+    block = yaml.safe_load(re.search(r"callbacks\+: .*\n.*\n.*", out)[0])["callbacks+"][0]
     assert block["class_path"] == "segmentation.callbacks.DenseCRF"
     with (trained / "tune_crf/search.csv").open(newline="") as file:
         coarse = list(csv.DictReader(file))

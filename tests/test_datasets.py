@@ -530,7 +530,8 @@ def test_what_is_fetched_is_what_torchvision_fetches():
     from torchvision.datasets import OxfordIIITPet, SBDataset, voc
 
     theirs = voc.DATASET_YEAR_DICT["2012"]
-    assert VOC.archives[0] == (theirs["url"], f"md5:{theirs['md5']}", ".")
+    url = theirs["url"].replace("http://host.", "https://thor.")  # torchvision 0.26 names the older host
+    assert VOC.archives[0] == (url, f"md5:{theirs['md5']}", ".")
     assert VOC.sbd == (SBDataset.url, f"md5:{SBDataset.md5}", ".")
     assert VOC(train_split="train").archives == VOC.archives and VOC().archives == (*VOC.archives, VOC.sbd)
     assert [(a.url, a.checksum) for a in OxfordPets.archives] == [

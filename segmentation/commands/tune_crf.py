@@ -206,5 +206,5 @@ def report(search: Search, without: float, output_dir: Path) -> None:
         rows.writerows((*(getattr(crf, name) for name in NAMES), miou) for crf, miou in ranked)
     best = search.best()
     values = ", ".join(f"{name}: {getattr(best, name):g}" for name in (*NAMES, "w2", "sigma_gamma", "iterations"))
-    print(f"scores       {output_dir / 'search.csv'}, {len(ranked)} settings\n\ncallbacks:  # of the trainer")
+    print(f"scores       {output_dir / 'search.csv'}, {len(ranked)} settings\n\ncallbacks+:  # of the trainer")
     print(f"    - class_path: segmentation.callbacks.DenseCRF\n      init_args: {{{values}}}")
