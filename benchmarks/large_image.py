@@ -44,14 +44,14 @@ def measure(image: Path, crop: int) -> tuple[float, float]:
     import torch  # not at the top: a child process starts with the memory of its parent in its count
 
     from segmentation import UNet
-    from segmentation.commands.predict_tiff import predict_tiff
+    from segmentation.commands.predict_tiff import write_labels
     from segmentation.inference import SlidingWindow
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = UNet(21, base_channels=2, pixel_shuffle=4, inference=SlidingWindow(crop))
     start = time.process_time()
-    predict_tiff(model, image, image.with_suffix(".labels.tif"))
+    write_labels(model, image, image.with_suffix(".labels.tif"))
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
