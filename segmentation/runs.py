@@ -13,7 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info
 
-from . import checkpoints
+from . import checkpoints, weights
 from .errors import UserError
 
 DEFAULTS = str(Path(__file__).with_name("run.yaml"))  # how every run is logged, saved and drawn
@@ -99,9 +99,9 @@ def take_from_checkpoint(init_args: Namespace, path: str) -> None:
     init_args.weights = None
     if "://" in path:  # Lightning reads it later
         return
-    saved = checkpoints.read(path).get("segmentation")
-    for key, value in (saved["init_args"] if saved else {}).items():
-        if init_args.get(key, 0) is None:
+    saved = checkpoints.read(path).get("segmentation", {}).get("init_args", {})
+    for key, value in weights.settle(vars(init_args), weights.Weights(path, defaults=saved)).items():
+        if key in init_args:
             init_args[key] = value
 
 

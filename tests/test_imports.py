@@ -26,7 +26,7 @@ ROOMS = {
         "pictures", "weights", "errors",
     },
     "segmentation/messages": {"errors"},
-    "segmentation/runs": {"checkpoints", "errors"},
+    "segmentation/runs": {"checkpoints", "weights", "errors"},
     "segmentation/parser": {"checkpoints", "commands", "messages", "errors"},
     "datamodules/errors": set(),
     "datamodules/files": {"errors"},
