@@ -1,5 +1,6 @@
 """Semantic segmentation architectures, one LightningModule and one file per paper."""
 
+from . import inference
 from .architectures.deconvnet import DeconvNet
 from .architectures.deeplabv1 import DeepLabV1
 from .architectures.deeplabv2 import DeepLabV2
@@ -10,9 +11,11 @@ from .architectures.fcn import FCN
 from .architectures.maskformer import MaskFormer
 from .architectures.pspnet import PSPNet
 from .architectures.segnet import SegNet
-from .architectures.unet import UNet
+from .architectures.unet import OverlapTile, UNet
 from .architectures.unet3plus import UNet3Plus
 from .base import SegmentationModule
+
+inference.OverlapTile = OverlapTile  # type: ignore[attr-defined]  # configs of 0.1.0 name it there
 
 __all__ = [
     "FCN",

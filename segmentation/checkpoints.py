@@ -96,8 +96,9 @@ def agree(model: Any, data: Any) -> None:
     for name, stated in zip(("mean", "std"), getattr(data, "stated_mean_std", None) or ((), ()), strict=True):
         own = getattr(model, name).flatten()
         if len(stated) and not torch.allclose(own.cpu(), torch.tensor(stated, dtype=own.dtype)):
+            values = [round(value, 6) for value in own.tolist()]
             rank_zero_info(
-                f"model.{name} is {own.tolist()}, but {type(data).__name__} states {list(stated)}: the images are "
+                f"model.{name} is {values}, but {type(data).__name__} states {list(stated)}: the images are "
                 f"normalised by model.{name}"
             )
     model.named_by_data, model.class_names = True, [str(name) for name in data.class_names]

@@ -102,9 +102,10 @@ class CLI(LightningCLI):
             quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
             config.trainer = Namespace(accelerator=accelerator, devices=1, callbacks=None, **quiet)
         elif self.subcommand == "predict":
-            config.trainer.logger, config.return_predictions = False, False
+            config.trainer.logger, config.trainer.enable_checkpointing, config.return_predictions = False, False, False
         else:
             runs.log_offline_without_key(config)
+        runs.drop_callbacks(config)
 
     def instantiate_classes(self) -> None:
         """Build all classes, and let no parser change an exception of a constructor."""

@@ -28,7 +28,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def settle(config: Namespace) -> None:
-    """Complete the config of a command: names of loggers, one callback of each kind, a folder that is not taken.
+    """Complete the config of a command: the names of its loggers, and a folder that no earlier run has.
 
     Args:
         config: the parsed arguments of one command; its trainer is changed.
@@ -46,9 +46,13 @@ def settle(config: Namespace) -> None:
         if version is not None and earlier.exists():
             rank_zero_info(f"{earlier} holds an earlier run: this one gets a new version folder")
             logger.init_args.version = None
-    if isinstance(trainer.callbacks, list):
-        listed = trainer.callbacks
-        trainer.callbacks = [c for i, c in enumerate(listed) if not dropped(c, listed[i + 1 :], trainer)]
+
+
+def drop_callbacks(config: Namespace) -> None:
+    """Leave out callbacks that a later one of this package replaces, or that a switch of the trainer turns off."""
+    listed = config.trainer.callbacks
+    if isinstance(listed, list):
+        config.trainer.callbacks = [c for i, c in enumerate(listed) if not dropped(c, listed[i + 1 :], config.trainer)]
 
 
 def dropped(callback: Namespace, later: Sequence[Namespace], trainer: Namespace) -> bool:
@@ -66,10 +70,10 @@ def loggers(config: Namespace, kind: str) -> list[Namespace]:
 
 
 def run_name(config: Namespace) -> str:
-    """Return the stem of the last ``--config``; without one, ``<model>_<data>`` in lower case, as ``unet_folder``."""
-    files = [Path(file.relative) for file in config.config or [] if file is not None]
+    """Return the stems of all ``--config``, as ``unet_found``; without one, model and data, as ``unet_folder``."""
+    files = [Path(file.relative).stem for file in config.config or [] if file is not None]
     classes = [config[key].class_path.rpartition(".")[2] for key in ("model", "data") if config.get(key) is not None]
-    return files[-1].stem if files else "_".join(classes).lower()
+    return "_".join(files) or "_".join(classes).lower()
 
 
 def folder(config: Namespace) -> Path | None:

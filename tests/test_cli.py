@@ -199,7 +199,7 @@ def test_a_copied_config_logs_into_its_own_folder(parse, tmp_path):
         arguments = parse("fit", "--config", f"{name}.yaml", "--model.num_classes", 3, *FOLDER)
         assert [arguments.trainer.logger[0].init_args.name, arguments.trainer.logger[1].init_args.group] == [name] * 2
     both = ["-c", "copy_of_it.yaml", "--config", "unet_cats.yaml"]
-    assert parse("fit", *both, *UNET, *FOLDER).trainer.logger[0].init_args.name == "unet_cats"
+    assert parse("fit", *both, *UNET, *FOLDER).trainer.logger[0].init_args.name == "copy_of_it_unet_cats"
 
 
 def test_a_name_that_is_given_stays(parse, tmp_path):
@@ -230,6 +230,16 @@ def test_a_switch_leaves_out_the_callbacks_that_need_it(parse):
     assert "ModelCheckpoint" not in names(parse("fit", *UNET, *FOLDER, "--trainer.enable_checkpointing", "false"))
     bare = parse("fit", *UNET, *FOLDER, "--trainer.barebones", "true")
     assert bare.trainer.logger is False and names(bare) == ["PredictionLogger", "Report"]
+
+
+def test_predict_writes_no_checkpoints_and_so_has_no_callback_for_them(parse, tmp_path):
+    photos = ["--data.predict_dir", tmp_path]
+    assert names(parse("predict", *UNET, *FOLDER, *photos)) == ["PredictionLogger", "Report"]
+
+
+def test_configs_of_earlier_versions_find_a_class_that_has_moved(parse):
+    arguments = parse("fit", *UNET, *FOLDER, "--model.inference", "segmentation.inference.OverlapTile")
+    assert arguments.model.init_args.inference.init_args.crop == 572
 
 
 def test_best_of_a_short_config_is_found_in_its_own_folder(parse, tmp_path, capsys):
