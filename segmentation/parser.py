@@ -81,7 +81,7 @@ class Parser(LightningArgumentParser):
             for action in self._actions:
                 unneeded = unused(self.command, action.dest)
                 action.help = argparse.SUPPRESS if unneeded else HELP.get(action.dest, action.help)
-            groups = self._action_groups
+            groups = [group for group in self._action_groups if group.title != "default config file locations"]
             self._action_groups = sorted(groups, key=lambda group: not {a.dest for a in group._group_actions} & own)
             self.description = None  # else it stands twice
         return super().format_help(*args)
