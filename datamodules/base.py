@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import torch
@@ -24,9 +25,12 @@ from .transforms import (
     IGNORE,
     BandJitter,
     ElasticDeformation,
+    Extra,
     RandomHorizontalFlip,
     RandomRotation,
     RandomScaleCrop,
+    RandomTurn,
+    RandomVerticalFlip,
 )
 from .weight_map import BorderWeight
 
@@ -45,11 +49,16 @@ class SegmentationDataModule(L.LightningDataModule):
         crop_size: training window in pixels, one number or (height, width); None trains on whole images.
         scale_range: smallest and largest factor of the random scaling before the crop.
         flip: whether to mirror half of the training images left to right.
+        vertical_flip: whether to turn half of the training images upside down by a mirror, for pictures without an up.
+        turns: 90 turns each training image by a random multiple of 90 degrees, and 180 half of them upside down; 0
+            turns none. The window of `crop_size` is cut afterwards.
         color_jitter: strength of random brightness and contrast, 0 to 1, per band. RGB images of 8 bits also change in
             saturation by this strength, and in hue by a quarter of it.
         rotation: largest random rotation to either side, in degrees (PSPNet: 10).
         blur: share of the training images that get PSPNet's Gaussian blur.
         elastic: standard deviation of U-Net's elastic deformation, in pixels (the paper: 10).
+        transforms: further transforms of torchvision's v2, or of your own, by class path. They follow all others, on
+            image, mask and pixel weights alike; what they bring in from outside the image is ignored.
         max_class_share: a crop in which one class has more than this share is drawn again (usual: 0.75).
         border_weight: w0 of U-Net's pixel weights (the paper: 10), which each training batch then holds as
             ``pixel_weight``; 0 for none. They balance the classes too, so give the loss no class weights besides.
@@ -92,10 +101,13 @@ class SegmentationDataModule(L.LightningDataModule):
         crop_size: int | tuple[int, int] | None = None,
         scale_range: tuple[float, float] = (1.0, 1.0),
         flip: bool = True,
+        vertical_flip: bool = False,
+        turns: Literal[0, 90, 180] = 0,
         color_jitter: float = 0.0,
         rotation: float = 0.0,
         blur: float = 0.0,
         elastic: float = 0.0,
+        transforms: Sequence[v2.Transform] | None = None,
         max_class_share: float = 1.0,
         border_weight: float = 0.0,
         border_sigma: float = 5.0,
@@ -116,6 +128,8 @@ class SegmentationDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.crop_size, self.scale_range, self.flip, self.color_jitter = crop_size, scale_range, flip, color_jitter
         self.rotation, self.blur, self.elastic, self.max_class_share = rotation, blur, elastic, max_class_share
+        self.vertical_flip, self.turns = vertical_flip, turns
+        self.extra = Extra(transforms) if transforms else None
         self.border_weight, self.border_sigma = border_weight, border_sigma
         folder = None if cache in (None, "memory") else Path(str(cache)).expanduser()
         self.in_memory = cache == "memory"
@@ -214,6 +228,8 @@ class SegmentationDataModule(L.LightningDataModule):
             dataset.transform = self.train_transform(image)
             if self.border_weight:
                 self.compute_weight_maps(dataset, counts)
+            for epoch in range(3 if self.extra else 0):  # a transform that fails should fail now
+                dataset[epoch, 0]
 
     def label_table(self) -> Tensor:
         """Build the table of the label of each stored mask value: 255 for ignored, -1 for values without a class.
@@ -315,10 +331,13 @@ class SegmentationDataModule(L.LightningDataModule):
         dataset.weight_rule = rule
 
     def train_transform(self, image: Tensor) -> v2.Transform:
-        """Build the augmentation: deform, rotate, scale and crop, flip, jitter, blur. Override it for more.
+        """Build the augmentation: deform, rotate, turn, scale and crop, flip, jitter, blur, and then `transforms`.
 
         Args:
-            image: any image of the data set, ``(C, H, W)``; its number of bands and its type count.
+            image: any image of the data set, ``(C, H, W)``; its number of bands, its type and its size count.
+
+        Raises:
+            UserError: if quarter turns would give the images of one batch different sizes.
         """
         fill = self.fill_colour(image)
         steps: list[v2.Transform] = []
@@ -326,10 +345,20 @@ class SegmentationDataModule(L.LightningDataModule):
             steps.append(ElasticDeformation(self.elastic, fill=fill))
         if self.rotation:
             steps.append(RandomRotation(self.rotation, fill=fill))
+        if self.turns:
+            steps.append(RandomTurn(self.turns))
+        height, width = image.shape[-2:]
+        if self.turns == 90 and height != width and not self.crop_size and not self.extra and self.batch_size > 1:
+            raise UserError(
+                f"data.turns 90 would make some of the images of {width} x {height} pixels {height} x {width}, and a "
+                "batch needs one size: set data.crop_size, or data.turns 180"
+            )
         if self.crop_size is not None:
             steps.append(RandomScaleCrop(self.crop_size, self.scale_range, fill, self.max_class_share))
         if self.flip:
             steps.append(RandomHorizontalFlip())
+        if self.vertical_flip:
+            steps.append(RandomVerticalFlip())
         if self.color_jitter and len(image) == 3 and image.dtype == torch.uint8:
             c = self.color_jitter
             steps.append(v2.ColorJitter(brightness=c, contrast=c, saturation=c, hue=c / 4))
@@ -337,6 +366,8 @@ class SegmentationDataModule(L.LightningDataModule):
             steps.append(BandJitter(self.color_jitter))
         if self.blur:
             steps.append(v2.RandomApply([v2.GaussianBlur(5, 1.1)], p=self.blur))
+        if self.extra is not None:
+            steps.append(self.extra)
         return v2.Compose(steps or [v2.Identity()])
 
     def fill_colour(self, image: Tensor) -> list[float]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,8 @@ class SegmentationDataset(Dataset):
         if self.transform is not None:
             if self.weight_rule is not None:
                 parts["pixel_weight"] = PixelWeight(self.pixel_weight(index, mask, self.weight_rule))
-            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-            generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
-            state = generator.get_state()
-            generator.manual_seed(int(seed))
-            parts = self.transform(parts)
-            generator.set_state(state)
+            with random_numbers_of(self.seed, epoch, index):
+                parts = self.transform(parts)
         item |= {name: part.as_subclass(torch.Tensor).contiguous() for name, part in parts.items()}
         item["mask"] = item["mask"].long()
         return item
@@ -167,6 +165,23 @@ class SegmentationDataset(Dataset):
         sample = self.samples[index]
         files = [path for path in (sample.image, sample.mask) if path is not None]
         return f"{sample!r} {[path.stat().st_mtime_ns for path in files]}"
+
+
+@contextmanager
+def random_numbers_of(*key: int) -> Iterator[None]:
+    """Draw random numbers from a key alone: those of torch, numpy and Python, since transforms may use any of them."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    generator = torch.default_generator  # torch.manual_seed would also queue a call for every GPU
+    states = generator.get_state(), np.random.get_state(), random.getstate()
+    generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

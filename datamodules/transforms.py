@@ -5,7 +5,7 @@ compose with every transform of torchvision v2. Images are resampled bilinearly,
 pixel. Pixels from outside the image get the label 255 and the weight 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -221,19 +221,70 @@ class RandomRotation(v2.RandomRotation):
         return resample(inpt, self.colour, lambda x, mode: F.rotate(x, params["angle"], interpolation=mode))
 
 
+def rearrange(inpt: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """Move the pixels of a tensor of any dtype to other places.
+
+    uint16 is moved as int16, because some versions of torch cannot flip it, and only the place of the bits changes.
+
+    Args:
+        inpt: image ``(C, H, W)``, mask or pixel weights ``(H, W)``.
+        move: is called with a plain tensor of the same shape.
+    """
+    x = inpt.as_subclass(torch.Tensor)
+    moved = move(x.view(torch.int16)).view(torch.uint16) if x.dtype == torch.uint16 else move(x)
+    return tv_tensors.wrap(moved, like=inpt)
+
+
 class RandomHorizontalFlip(v2.RandomHorizontalFlip):
-    """torchvision's flip with probability 0.5, for uint16 too, which some versions of torch cannot flip.
+    """torchvision's flip left to right with probability 0.5, for every dtype.
 
     Shape:
         image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> the same.
     """
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Flip one tensor; uint16 is flipped as int16, because only the place of its bits changes."""
-        if inpt.dtype != torch.uint16:
-            return super().transform(inpt, params)
-        bits = F.horizontal_flip(inpt.as_subclass(torch.Tensor).view(torch.int16))
-        return tv_tensors.wrap(bits.view(torch.uint16), like=inpt)
+        """Flip one tensor."""
+        return rearrange(inpt, lambda x: x.flip(-1))
+
+
+class RandomVerticalFlip(v2.RandomVerticalFlip):
+    """torchvision's flip upside down with probability 0.5, for every dtype.
+
+    Shape:
+        image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> the same.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Flip one tensor."""
+        return rearrange(inpt, lambda x: x.flip(-2))
+
+
+class RandomTurn(v2.Transform):
+    """Random turn about the centre by a multiple of some degrees. It moves pixels exactly, and needs no colour outside.
+
+    Args:
+        degrees: 90 draws one of four directions, 180 one of two.
+
+    Shape:
+        image ``(C, H, W)``, mask and pixel weights ``(H, W)`` -> the same, or with H and W exchanged.
+
+    Raises:
+        UserError: if `degrees` is neither 90 nor 180.
+    """
+
+    def __init__(self, degrees: int) -> None:
+        super().__init__()
+        if degrees not in (90, 180):
+            raise UserError(f"a turn is by multiples of 90 or 180 degrees, got {degrees}")
+        self.degrees = degrees
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the number of quarter turns to the left."""
+        return {"quarters": int(torch.randint(360 // self.degrees, ())) * self.degrees // 90}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Turn one tensor."""
+        return rearrange(inpt, lambda x: torch.rot90(x, params["quarters"], (-2, -1)))
 
 
 class BandJitter(v2.Transform):
@@ -276,3 +327,79 @@ class BandJitter(v2.Transform):
             limits = torch.iinfo(x.dtype)
             floats = floats.round().clamp(limits.min, limits.max)
         return tv_tensors.wrap(floats.to(x.dtype), like=inpt)
+
+
+class Extra(v2.Transform):
+    """Further transforms of torchvision's v2, or of your own, one after the other on an item of the data set.
+
+    Pixels that a transform brings in from outside the image are ignored: torchvision would give them the class 0, or
+    the colour of `fill` as a class. A map of one odd number is moved with the mask, and where the number is gone, the
+    label becomes 255 and the pixel weight 0.
+
+    Args:
+        transforms: are called with a dict of ``tv_tensors``: ``image``, ``mask`` and others.
+
+    Raises:
+        UserError: for a transform that normalises, because the model does. In use, for a transform that fails, or
+            returns another type or another number of bands than it got, or an image and a mask of different sizes.
+    """
+
+    INSIDE = 187 / 256  # exact in float32, and nobody's fill colour
+
+    def __init__(self, transforms: Sequence[v2.Transform]) -> None:
+        super().__init__()
+        self.transforms = list(transforms)
+        for transform in all_of(self.transforms):
+            if isinstance(transform, v2.Normalize):
+                raise UserError(
+                    "data.transforms holds Normalize, but the model normalises the images: leave it out, and set "
+                    "model.mean and model.std"
+                )
+            fills = getattr(transform, "_fill", None)
+            if isinstance(fills, dict):  # a colour of three bands does not fit a mask
+                transform._fill = {tv_tensors.Mask: IGNORE, PixelWeight: 0} | fills
+
+    def forward(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Transform ``image`` ``(C, H, W)``, ``mask`` ``(H, W)`` and, if there is one, ``pixel_weight`` ``(H, W)``."""
+        moved = parts | {"inside": PixelWeight(torch.full(parts["mask"].shape, self.INSIDE))}
+        for transform in self.transforms:
+            name = f"the transform {type(transform).__name__} of data.transforms"
+            try:
+                moved = transform(moved)
+            except Exception as error:  # any class: the transforms are not ours
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise UserError(f"{name} fails on {described(parts['image'])}: {reason}") from error
+            self._check(name, parts, moved)
+        outside = moved.pop("inside").as_subclass(torch.Tensor) != self.INSIDE
+        for key, value in (("mask", IGNORE), ("pixel_weight", 0)):
+            if key in moved:
+                filled = moved[key].as_subclass(torch.Tensor).masked_fill(outside, value)
+                moved[key] = tv_tensors.wrap(filled, like=moved[key])
+        return moved
+
+    def _check(self, name: str, before: dict[str, Tensor], after: dict[str, Any]) -> None:
+        image, old = after["image"], before["image"]
+        if not isinstance(image, Tensor) or image.dtype != old.dtype or image.shape[:-2] != old.shape[:-2]:
+            raise UserError(
+                f"{name} turns {described(old)} into {described(image)}: leave it out, because the model expects the "
+                "images as they are stored, and scales them itself"
+            )
+        for key in after.keys() - {"image"}:
+            if not isinstance(after[key], Tensor) or after[key].shape != image.shape[-2:]:
+                raise UserError(
+                    f"{name} changes the size of the image but not that of the mask: use a transform that takes both"
+                )
+
+
+def all_of(transforms: Sequence[Any]) -> Iterator[Any]:
+    """Yield transforms, and those inside them, as `v2.RandomApply` and `v2.Compose` hold some."""
+    for transform in transforms:
+        yield transform
+        yield from all_of(getattr(transform, "transforms", None) or ())
+
+
+def described(image: Any) -> str:
+    """Describe an image in words: ``an image of 3 bands of uint8``."""
+    if not isinstance(image, Tensor):
+        return f"a {type(image).__name__}"
+    return f"an image of {image.shape[0]} bands of {str(image.dtype).removeprefix('torch.')}"

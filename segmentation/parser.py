@@ -4,11 +4,13 @@ import argparse
 import importlib.metadata
 import inspect
 import json
+import numbers
 import re
 import sys
 from typing import Any, NoReturn
 
 import jsonargparse
+import jsonargparse.typing
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -32,6 +34,16 @@ HELP = {
 if "add_print_completion_argument" in inspect.signature(jsonargparse.set_parsing_settings).parameters:  # 4.53
     metaclass = lambda cls: isinstance(cls, type) and issubclass(cls, type)  # noqa: E731  # 4.53.0 lists their subclasses
     jsonargparse.set_parsing_settings(add_print_completion_argument=True, subclasses_disabled=[metaclass])
+
+
+def number(value: Any) -> int | float:
+    """Return a number of a config; jsonargparse knows no ``numbers.Number``, the type of some of torchvision's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value} is no number")
+    return value
+
+
+jsonargparse.typing.register_type(numbers.Number, serializer=number, deserializer=number)
 
 
 class Trainer(L.Trainer):

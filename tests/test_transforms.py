@@ -1,21 +1,31 @@
 """Joint transforms move image, mask and pixel weights together, for any number of bands and any dtype."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import config, succeed
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from datamodules import Folder
+from datamodules.dataset import SegmentationDataset, random_numbers_of
+from datamodules.errors import UserError
 from datamodules.transforms import (
     IGNORE,
     BandJitter,
     ElasticDeformation,
+    Extra,
     PixelWeight,
     RandomHorizontalFlip,
     RandomRotation,
     RandomScaleCrop,
+    RandomTurn,
+    RandomVerticalFlip,
     outside,
 )
 
@@ -53,7 +63,7 @@ def displace(dx: float, dy: float) -> v2.Transform:
     "transform",
     [
         RandomHorizontalFlip(1.0),
-        v2.RandomVerticalFlip(1.0),
+        RandomVerticalFlip(1.0),
         RandomRotation((90, 90), **BLANK),
         RandomRotation((180, 180), **BLANK),
         RandomRotation((270, 270), **BLANK),
@@ -80,6 +90,28 @@ def test_flip_and_quarter_turn_by_hand():
     assert flipped.tolist() == [[[2, 1], [4, 3]]] and same.tolist() == [[2, 1], [4, 3]]
     turned, same = RandomRotation((90, 90))(image, mask)  # to the left
     assert turned.tolist() == [[[2, 4], [1, 3]]] and same.tolist() == [[2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("degrees", [90, 180])
+def test_turns_are_exact_and_all_are_drawn(degrees, dtype):
+    before, drawn = triple(dtype, 20, 30), set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, mask, weight = RandomTurn(degrees)(*before)
+        assert image.dtype == dtype and torch.equal(image[4].short(), mask)
+        assert_aligned(mask, weight)
+        matches = [k for k in range(4) if np.array_equal(mask.numpy(), np.rot90(before[1].numpy(), k))]
+        drawn.add(*matches)
+    assert drawn == ({0, 1, 2, 3} if degrees == 90 else {0, 2})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vertical_flip_is_numpys(dtype):
+    image, mask, _ = triple(dtype, 20, 30)
+    flipped, same = RandomVerticalFlip(1.0)(image, mask)
+    assert flipped.dtype == dtype and np.array_equal(same.numpy(), np.flipud(mask.numpy()))
+    assert torch.equal(flipped[0].short(), same)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -298,9 +330,154 @@ def test_blur_leaves_labels_and_weights_alone(dtype):
     assert torch.equal(labels, mask) and torch.equal(factors, weight)
 
 
+def item(value: int = 3, size: tuple[int, int] = (40, 40), dtype: torch.dtype = torch.uint8) -> dict:
+    """An image of 200 everywhere, a mask of one class, and weights of 2."""
+    return {
+        "image": tv_tensors.Image(torch.full((3, *size), 200, dtype=dtype)),
+        "mask": tv_tensors.Mask(torch.full(size, value, dtype=torch.uint8)),
+        "pixel_weight": PixelWeight(torch.full(size, 2.0)),
+    }
+
+
+GEOMETRIC = {
+    "affine": lambda: v2.RandomAffine(40, translate=(0.3, 0.3), scale=(0.5, 1.5), shear=10),
+    "affine with a colour": lambda: v2.RandomAffine(40, translate=(0.3, 0.3), fill=[9, 8, 7]),
+    "affine with the number of a class": lambda: v2.RandomAffine(40, translate=(0.3, 0.3), fill=3),
+    "rotation": lambda: v2.RandomRotation(40),
+    "rotation that grows": lambda: v2.RandomRotation((30, 40), expand=True),
+    "perspective": lambda: v2.RandomPerspective(0.6, p=1.0),
+    "crop with a border": lambda: v2.RandomCrop(60, padding=4, pad_if_needed=True),
+    "centre crop": lambda: v2.CenterCrop(60),  # has no fill, and pads with 0
+    "pad": lambda: v2.Pad(5),
+    "zoom out": lambda: v2.RandomZoomOut(p=1.0),
+    "elastic": lambda: v2.ElasticTransform(400.0),
+    "inside others": lambda: v2.RandomApply([v2.RandomChoice([v2.RandomAffine(0, (0.5, 0.5), fill=[1, 2, 3])])], p=1.0),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_what_a_transform_brings_in_from_outside_is_ignored(name):
+    """Without this, torchvision gives it the class 0, or the fill colour as a class."""
+    ignored = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        moved = Extra([GEOMETRIC[name]()])(item())
+        mask, weight, image = (moved[key].as_subclass(Tensor) for key in ("mask", "pixel_weight", "image"))
+        assert moved.keys() == {"image", "mask", "pixel_weight"} and mask.dtype == torch.uint8
+        assert set(mask.unique().tolist()) <= {3, 255}
+        assert torch.equal(weight, torch.where(mask == 255, 0.0, 2.0))
+        if name not in ("elastic", "perspective"):  # whose images are bilinear
+            assert torch.equal((image == 200).all(0), mask == 3)
+        ignored += int((mask == 255).sum())
+    assert ignored > 100
+
+
+OTHERS = {
+    "resize": lambda: v2.Resize((30, 20)),
+    "resized crop": lambda: v2.RandomResizedCrop(32),
+    "scale jitter": lambda: v2.ScaleJitter((48, 48)),
+    "erasing": lambda: v2.RandomErasing(p=1.0),
+    "noise": lambda: v2.GaussianNoise(),
+    "colours": lambda: v2.RandomPhotometricDistort(p=1.0),
+    "grey": lambda: v2.RandomGrayscale(1.0),
+    "sharpness": lambda: v2.RandomAdjustSharpness(2.0, p=1.0),
+    "equalize": lambda: v2.RandomEqualize(1.0),
+    "posterize": lambda: v2.RandomPosterize(3, p=1.0),
+    "solarize": lambda: v2.RandomSolarize(100, p=1.0),
+    "channels": lambda: v2.RandomChannelPermutation(),
+    "jpeg": lambda: v2.JPEG((10, 30)),
+    "mirrored border": lambda: v2.RandomCrop(60, padding=15, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore:RandomErasing")  # leaves the mask as it is, which is meant
+def test_other_transforms_ignore_no_pixel(name):
+    torch.manual_seed(0)
+    moved = Extra([OTHERS[name]()])(item())
+    assert (moved["mask"] == 3).all() and (moved["pixel_weight"] == 2).all() and moved["image"].dtype == torch.uint8
+    assert moved["mask"].shape == moved["image"].shape[-2:]
+
+
+@pytest.mark.parametrize("name", ["affine", "resized crop", "inside others", "mirrored border"])
+def test_image_and_mask_move_together(name):
+    """A bright square on black is the class 1: after any movement, what is bright is 1, but for blurred borders."""
+    parts = item(0)
+    parts["image"][:] = 0
+    parts["image"][:, 8:30, 14:32] = 255
+    parts["mask"][8:30, 14:32] = 1
+    for seed in range(5):
+        torch.manual_seed(seed)
+        moved = Extra([(GEOMETRIC | OTHERS)[name]()])(parts)
+        bright, inside = moved["image"][2].float(), moved["mask"] != 255
+        assert ((bright > 254) & inside & (moved["mask"] != 1)).float().mean() < 0.03
+        assert ((bright < 1) & inside & (moved["mask"] == 1)).float().mean() < 0.03
+
+
+def test_extra_transforms_keep_labels_that_they_change_themselves():
+    class Merge(v2.Transform):
+        def transform(self, inpt, params):
+            return tv_tensors.wrap(inpt.masked_fill(inpt == 3, 1), like=inpt) if type(inpt) is tv_tensors.Mask else inpt
+
+    assert (Extra([Merge()])(item())["mask"] == 1).all()
+
+
+class Broken(v2.Transform):
+    def transform(self, inpt, params):
+        raise KeyError("nothing\nmore")
+
+
+class ImageAlone(v2.Transform):
+    def transform(self, inpt, params):
+        return inpt if isinstance(inpt, tv_tensors.Mask) else inpt[:, 1:]
+
+
 @pytest.mark.parametrize(
     "build, words",
     [
+        (lambda: v2.Normalize([0.5], [0.5]), "Normalize.*leave it out"),
+        (lambda: v2.Compose([v2.RandomApply([v2.Normalize([0.5], [0.5])])]), "Normalize.*leave it out"),
+        (lambda: v2.ToDtype(torch.float32, scale=True), "ToDtype .* 3 bands of uint8 into .* 3 bands of float32"),
+        (lambda: v2.Grayscale(1), "Grayscale .* 3 bands of uint8 into an image of 1 bands"),
+        (lambda: v2.ToPILImage(), "ToPILImage .* a Image"),
+        (lambda: v2.FiveCrop(8), "FiveCrop of data.transforms fails .* not supported"),
+        (lambda: v2.RandAugment(), "RandAugment .* fails"),
+        (Broken, "Broken of data.transforms fails on an image of 3 bands of uint8: 'nothing"),
+        (ImageAlone, "ImageAlone .* changes the size of the image but not"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_transform_that_does_not_fit_is_named(build, words):
+    with pytest.raises(UserError, match=words):
+        Extra([build()])(item())
+
+
+@pytest.mark.parametrize("name", GEOMETRIC | OTHERS)
+@pytest.mark.filterwarnings("ignore:RandomErasing")
+def test_the_same_numbers_give_the_same_sample(name):
+    """A sample depends on its key alone, whatever was drawn before; numpy's and Python's numbers are fixed too."""
+
+    class Shift(v2.Transform):
+        def transform(self, inpt, params):
+            drawn = np.random.randint(50) + random.randint(0, 50)
+            return inpt if isinstance(inpt, tv_tensors.Mask) else tv_tensors.wrap(inpt - drawn, like=inpt)
+
+    extra, results = Extra([(GEOMETRIC | OTHERS)[name](), Shift()]), []
+    for epoch in (0, 0, 1):
+        torch.rand(7), random.random(), np.random.rand(3)
+        before = torch.default_generator.get_state(), random.getstate()
+        with random_numbers_of(5, epoch, 2):
+            moved = extra(item())
+        assert torch.equal(before[0], torch.default_generator.get_state()) and before[1] == random.getstate()
+        results.append(moved["image"])
+    assert torch.equal(results[0], results[1])
+    assert results[0].shape != results[2].shape or not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: RandomTurn(45), "90 or 180.*45"),
         (lambda: RandomScaleCrop(8, max_class_share=0), "max_class_share"),
         (lambda: RandomScaleCrop(8, max_class_share=1.5), "max_class_share"),
         (lambda: ElasticDeformation(-1.0), "sigma"),
@@ -312,3 +489,54 @@ def test_blur_leaves_labels_and_weights_alone(dtype):
 def test_bad_arguments_are_named(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def train_split(tree, **arguments) -> SegmentationDataset:
+    data = Folder(tree, class_names=["a", "b", "c"], num_workers=0, **arguments)
+    data.setup("fit")
+    return data.datasets["train"]
+
+
+def test_quarter_turns_come_before_a_window_that_is_no_square(tree):
+    turned = train_split(tree, batch_size=4, crop_size=(20, 40), turns=90, flip=False)
+    assert {turned[epoch, 0]["image"].shape[-2:] for epoch in range(8)} == {(20, 40)}
+    whole = train_split(tree, batch_size=1, turns=90, flip=False)
+    assert {tuple(whole[epoch, 0]["image"].shape[-2:]) for epoch in range(8)} == {(48, 64), (64, 48)}
+    with pytest.raises(UserError, match=r"turns 90 .* 64 x 48 .* set data.crop_size, or data.turns 180"):
+        train_split(tree, batch_size=4, turns=90)
+    assert len(train_split(tree, batch_size=4, turns=180)) == 12  # what the sentence advises
+
+
+def test_mirrors_and_turns_show_all_eight_views(tree):
+    """Flips and turns of an image give its eight symmetries, of the mask as of the image."""
+    dataset = train_split(tree, batch_size=1, turns=90, vertical_flip=True)
+    image, mask = (x.numpy() for x in dataset.read(0))
+    views = [np.rot90(m, k, (-2, -1)) for m in (image, image[..., ::-1]) for k in range(4)]
+    labels = [np.rot90(m, k) for m in (mask, mask[..., ::-1]) for k in range(4)]
+    seen = set()
+    for epoch in range(60):
+        part = dataset[epoch, 0]
+        (view,) = (i for i, m in enumerate(views) if np.array_equal(m, part["image"].numpy()))
+        assert np.array_equal(labels[view], part["mask"].numpy())
+        seen.add(view)
+    assert seen == set(range(8))
+
+
+def test_a_transform_that_fails_ends_setup_in_one_sentence(tree):
+    with pytest.raises(UserError, match=r"ToDtype of data.transforms turns .* uint8 into .* float32: leave it out"):
+        train_split(tree, batch_size=4, crop_size=32, transforms=[v2.ToDtype(torch.float32, scale=True)])
+
+
+@pytest.mark.slow
+def test_transforms_are_named_in_a_config_and_written_into_the_runs_own(tree, tmp_path):
+    listed = """crop_size: 32
+    transforms:
+      - {class_path: RandomAffine, init_args: {degrees: 10, fill: [124, 116, 104]}}
+      - class_path: torchvision.transforms.v2.RandomApply
+        init_args: {p: 0.5, transforms: [{class_path: torchvision.transforms.v2.GaussianNoise}]}"""
+    file = config(tmp_path, tree, crop_size=listed, max_epochs="max_epochs: 1")
+    succeed("fit", "--config", file, cwd=tmp_path)
+    written = yaml.safe_load((tmp_path / "logs/config/version_0/config.yaml").read_text())
+    affine, noise = written["data"]["init_args"]["transforms"]
+    assert affine["init_args"]["degrees"] == 10 and affine["init_args"]["fill"] == [124, 116, 104]
+    assert noise["init_args"]["transforms"][0]["class_path"] == "torchvision.transforms.v2.GaussianNoise"
