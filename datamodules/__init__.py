@@ -6,7 +6,7 @@ from .camvid import CamVid
 from .cityscapes import Cityscapes
 from .coco import COCO
 from .dataset import SegmentationDataset
-from .files import Sample
+from .decode import Sample
 from .folder import Folder
 from .isbi_em import ISBIEM
 from .oxford_pets import OxfordPets

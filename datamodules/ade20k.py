@@ -3,8 +3,9 @@
 from typing import Any
 
 from .base import SegmentationDataModule, voc_palette
+from .decode import Sample
 from .download import Archive
-from .files import Sample, folder_of, pair
+from .files import folder_of, pair
 from .transforms import IGNORE
 
 CLASSES = """

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from .dataset import Cache, EpochSampler, SegmentationDataset, collate
+from .decode import Sample
 from .download import Archive, fetch
 from .errors import UserError
-from .files import Sample, list_photos
+from .files import list_photos
 from .transforms import (
     IGNORE,
     BandJitter,

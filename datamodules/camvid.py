@@ -6,7 +6,8 @@ Pattern Recognition Letters 2009. Split and the merging to eleven classes: V. Ba
 """
 
 from .base import SegmentationDataModule
-from .files import Sample, folder_of, pair, read_lines
+from .decode import Sample
+from .files import folder_of, pair, read_lines
 
 
 class CamVid(SegmentationDataModule):

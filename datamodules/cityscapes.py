@@ -3,7 +3,8 @@
 from typing import Any, Literal
 
 from .base import SegmentationDataModule
-from .files import Sample, files_under, folder_of
+from .decode import Sample
+from .files import files_under, folder_of
 from .transforms import IGNORE
 
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # the label id of each class

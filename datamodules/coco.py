@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .base import SegmentationDataModule, voc_palette
+from .decode import Sample, decoding, read_image
 from .download import Archive
 from .errors import UserError
-from .files import Sample, decoding, folder_of, read_image
+from .files import folder_of
 from .transforms import IGNORE
 
 CLASSES = (

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .decode import Sample
 from .errors import UserError
-from .files import Sample
 from .transforms import IGNORE, PixelWeight
 
 WeightRule = Callable[[Tensor, Tensor | None], Tensor]  # labels and instances (H, W) -> the loss's weights (H, W)

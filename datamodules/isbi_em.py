@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .base import SegmentationDataModule
+from .decode import Sample, decoding
 from .errors import UserError
-from .files import Sample, decoding, folder_of, pair
+from .files import folder_of, pair
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .base import SegmentationDataModule
+from .decode import Sample
 from .download import Archive
-from .files import Sample, folder_of, read_lines, split_by_hash
+from .files import folder_of, read_lines, split_by_hash
 from .transforms import IGNORE
 
 

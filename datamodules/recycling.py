@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .coco import COCO
-from .files import Sample, folder_of, split_by_hash
+from .decode import Sample
+from .files import folder_of, split_by_hash
 
 CLASSES = (
     "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam", "Plastic bag", "Battery",

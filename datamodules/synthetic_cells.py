@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .base import SegmentationDataModule
+from .decode import Sample
 from .errors import UserError
-from .files import Sample
 from .synthetic_scenes import SPLITS, Dice
 
 SUB = 8  # outlines are computed in eighths of a pixel

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .base import SegmentationDataModule
-from .files import Sample, files_under, folder_of, split_by_hash
+from .decode import Sample
+from .files import files_under, folder_of, split_by_hash
 
 SCENE = r"^(.*L[CO]08_[^/]*)_p\d+$"  # the name of a patch begins with the name of its scene
 

@@ -16,9 +16,10 @@ from torchvision.transforms.v2 import functional as F
 from datamodules import CamVid, Folder, SegmentationDataset
 from datamodules.base import voc_palette
 from datamodules.dataset import EpochSampler, collate
+from datamodules.decode import Sample, read_image, read_mask, to_8_bits
 from datamodules.download import Archive, fetch
 from datamodules.errors import UserError
-from datamodules.files import Sample, files_under, read_image, read_mask, to_8_bits
+from datamodules.files import files_under
 from datamodules.transforms import RandomScaleCrop
 
 

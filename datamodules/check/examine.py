@@ -10,8 +10,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..base import IGNORE, SegmentationDataModule, voc_palette
+from ..decode import Sample
 from ..errors import UserError
-from ..files import Sample
 from .facts import Facts, look_at
 from .findings import RULES, SEVERITIES, Examination, Finding, found_colors
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..decode import Sample, color_codes
 from ..errors import UserError
-from ..files import Sample, color_codes
 
 Color = tuple[int, int, int]
 MANY = 1024  # most common values or colours that are kept per mask; a mask with more holds no labels
