@@ -35,6 +35,8 @@ from .transforms import (
 )
 from .weight_map import BorderWeight
 
+UNNAMED = "nothing names the classes: name them in data.class_names"
+
 
 class SegmentationDataModule(L.LightningDataModule):
     """One data set as checked splits and loaders. A subclass states its facts and lists its files in `samples`.
@@ -180,57 +182,49 @@ class SegmentationDataModule(L.LightningDataModule):
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
         Raises:
-            UserError: if a folder or file is missing or cannot be read, a split is empty, the training split is
-                smaller than one batch, or the training masks hold 0 and 255 only; the message names the file.
+            UserError: if a folder is missing, a split is empty, or `look_at_files` finds an error.
         """
         if stage == "predict" and self.predict_dir is not None:
-            self.open_photos(self.predict_dir)
-            return
-        if not self.class_names:
-            raise UserError(f"{type(self).__name__} knows no classes: name them in data.class_names")
-        if stage == "fit":
-            self.open_split("train", "train")
-            self.open_split("val", "val")
-            share = len(self.datasets["train"]) // self.world_size
-            if share < self.batch_size:
-                raise UserError(
-                    f"the split 'train' has {share} images per process, fewer than one batch of {self.batch_size}: "
-                    "lower data.batch_size"
-                )
-        elif stage == "validate":
-            self.open_split("val", "val")
+            splits = {"predict": "predict"}
+            self.datasets["predict"] = SegmentationDataset(list_photos(self.predict_dir, self.bands), label_table=None)
+        elif not self.class_names:
+            raise UserError(UNNAMED)
         else:
-            self.open_split(stage, self.test_split)
-
-    def open_photos(self, folder: Path) -> None:
-        """List the images of a folder for `predict`, without masks, and check them."""
-        dataset = SegmentationDataset(list_photos(folder, self.bands), label_table=None)
-        self.datasets["predict"] = dataset
-        self.in_channels = len(dataset.read(0)[0])
-        self.look_at_files("predict")
+            fixed = {"fit": {"train": "train", "val": "val"}, "validate": {"val": "val"}}
+            splits = fixed.get(stage, {stage: self.test_split})
+            for role, split in splits.items():
+                self.open_split(role, split)
+        counts = self.look_at_files(splits)
+        image, _ = self.datasets[next(iter(splits))].read(0)
+        self.in_channels = len(image)
+        if "train" in splits:
+            self.augment(image, counts["train"])
 
     def open_split(self, role: str, split: str) -> None:
-        """List a split, check its files, and give the training split its augmentation and pixel weights.
+        """List a split and keep it as the data set of a role.
 
         Args:
             role: ``train``, ``val``, ``test`` or ``predict``.
             split: name of the split that has this role.
         """
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        table = self.label_table()
-        dataset = SegmentationDataset(
-            self.listed(split), table, seed=seed, cache=self.cache, weight_maps=self.weight_maps
+        self.datasets[role] = SegmentationDataset(
+            self.listed(split), self.label_table(), seed=seed, cache=self.cache, weight_maps=self.weight_maps
         )
-        self.datasets[role] = dataset
-        image, _ = dataset.read(0)
-        self.in_channels = len(image)
-        counts = self.look_at_files(role)
-        if role == "train":
-            dataset.transform = self.train_transform(image)
-            if self.border_weight:
-                self.compute_weight_maps(dataset, counts)
-            for epoch in range(3 if self.extra else 0):  # a transform that fails should fail now
-                dataset[epoch, 0]
+
+    def augment(self, image: Tensor, counts: Tensor) -> None:
+        """Give the training split its augmentation and its pixel weights.
+
+        Args:
+            image: any training image, see `train_transform`.
+            counts: pixels of each class in the training split, see `compute_weight_maps`.
+        """
+        dataset = self.datasets["train"]
+        dataset.transform = self.train_transform(image)
+        if self.border_weight:
+            self.compute_weight_maps(dataset, counts)
+        for epoch in range(3 if self.extra else 0):  # a transform that fails should fail now
+            dataset[epoch, 0]
 
     def label_table(self) -> Tensor:
         """Build the table of the label of each stored mask value: 255 for ignored, -1 for values without a class.
@@ -258,64 +252,42 @@ class SegmentationDataModule(L.LightningDataModule):
         return table
 
     def listed(self, split: str) -> list[Sample]:
-        """List a split, make sure that all its files exist, and say where it differs from the published one.
+        """List a split.
 
         Raises:
-            UserError: if the split is empty, or a file has no partner; the message names the first one.
+            UserError: if the split is empty.
         """
         samples = self.samples(split)
         if not samples:
             raise UserError(
                 f"the split '{split}' of {type(self).__name__} ({self.root}) is empty: put images and masks there"
             )
-        unmatched = [text for sample in samples if (text := sample.missing()) is not None]
-        if unmatched:
-            raise UserError(unmatched[0] + (f" (and {len(unmatched) - 1} more like it)" if len(unmatched) > 1 else ""))
-        expected = self.expected_counts.get(split, len(samples))
-        if len(samples) != expected:
-            rank_zero_info(
-                f"the split '{split}' of {type(self).__name__} has {len(samples)} images, {expected} are published"
-            )
         return samples
 
-    def look_at_files(self, role: str) -> Tensor:
-        """Decode files of a split in threads, so that a bad file ends the run before training starts.
+    def look_at_files(self, splits: dict[str, str]) -> dict[str, Tensor]:
+        """Decode files by the rules of ``check_data``, so that a bad file ends the run before training starts.
+
+        Args:
+            splits: role -> split of the data sets to look at.
 
         Returns:
-            pixels per label in the decoded files, int64 ``(256,)``.
+            by role, pixels of each class in the decoded files, int64 ``(K,)``.
 
         Raises:
-            UserError: if a file is bad, or the training masks hold 0 and 255 only.
+            UserError: for what ``check_data`` calls an error; its warnings are printed.
         """
-        dataset = self.datasets[role]
-        everything = self.check is None or self.in_memory or (role == "train" and self.border_weight > 0)
-        wanted = len(dataset) if everything else self.check or 0
-        indices = [i for i, sample in enumerate(dataset.samples) if sample.image is not None or everything]
-        if not indices or wanted == 0:
-            return torch.zeros(256, dtype=torch.int64)
-        indices = indices[:: -(-len(indices) // wanted)]
-        if len(indices) > 2000:
-            rank_zero_info(f"decoding {len(indices)} files of '{role}'; data.check: 500 decodes fewer")
+        from .check import look_before  # `check` imports this file
 
-        def count(index: int) -> Tensor:
-            mask = dataset.read(index)[1]
-            return torch.bincount(torch.empty(0, dtype=torch.int64) if mask is None else mask.flatten(), minlength=256)
-
-        with ThreadPoolExecutor(max_workers=max(2, self.num_workers)) as pool:
-            counts = sum(pool.map(count, indices), torch.zeros(256, dtype=torch.int64))
-        if role == "train" and counts.nonzero().flatten().tolist() == [0, IGNORE] and self.num_classes > 1:
-            raise UserError(
-                f"the training masks, such as {dataset.samples[0].mask}, hold 0 and 255 only, and 255 means "
-                "'ignored': if 255 is your foreground, set data.label_map: {0: 0, 255: 1}"
-            )
-        return counts
+        everything = {"train"} if self.border_weight else set()
+        wanted = {r: None if self.in_memory or r in everything else self.check for r in splits}
+        return {role: torch.from_numpy(counts) for role, counts in look_before(self, splits, wanted).items()}
 
     def compute_weight_maps(self, dataset: SegmentationDataset, counts: Tensor) -> None:
         """Compute the pixel weights of all training masks, so that no epoch waits for them.
 
         Args:
             dataset: the training split.
-            counts: its pixels per label, ``(256,)``; the class weights are the inverse of the classes' shares.
+            counts: its pixels per class, ``(K,)``; the class weights are the inverse of the classes' shares.
         """
         present = counts[: self.num_classes].double()
         balance = present.sum() / (present > 0).sum() / present.clamp(min=1)

@@ -113,6 +113,11 @@ class SegmentationDataset(Dataset):
         item["mask"] = item["mask"].long()
         return item
 
+    def stored(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Decode an image and its mask as stored, or take them from the cache."""
+        sample = self.samples[index]
+        return self.cache.get(self.cache_key(index), sample.read) if self.cache else sample.read()  # type: ignore[return-value]
+
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Read an image and its mask, and turn stored mask values into labels.
 
@@ -124,7 +129,7 @@ class SegmentationDataset(Dataset):
             UserError: if image and mask differ in size, or a value has no class; the message names file and value.
         """
         sample = self.samples[index]
-        image, values = self.cache.get(self.cache_key(index), sample.read) if self.cache else sample.read()
+        image, values = self.stored(index)
         if values is None or self.label_table is None:
             return image, None
         where = sample.mask or sample.name

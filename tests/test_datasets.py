@@ -465,7 +465,7 @@ def test_folder_takes_palette_and_void_colours(colored):
     mask, stored = mask_of(data)
     assert np.array_equal(mask, np.array([255, 0, 1])[stored])
     data = Folder(colored, ["road", "tree"], [(128, 0, 0), (0, 128, 64)], batch_size=1)
-    with pytest.raises(ValueError, match=r"holds the colour \(0, 0, 0\) in 3\d\.\d\d% .*none of the 2 known"):
+    with pytest.raises(ValueError, match=r"belong to no class, \(0, 0, 0\) \(3\d\.\d %\).*data\.void_colors"):
         data.setup("fit")
     with pytest.raises(ValueError, match=r"mask in colour.*data\.palette, or a class_dict\.csv"):
         Folder(colored, ["a", "b", "c"]).setup("fit")
@@ -510,7 +510,7 @@ def test_folder_of_many_bands(tmp_path, form, dtype):
     assert batch["image"].shape == (2, 2, 16, 16) and str(batch["image"].dtype).endswith(dtype)
     with pytest.raises(ValueError, match=r"it has the bands 0 to 4, but data.bands names 7"):
         Folder(tmp_path, ["a", "b"], bands=[7], batch_size=1).setup("fit")
-    with pytest.raises(ValueError, match=r"\d\.(tif|npy).* bands.* so choose some in data\.bands$"):
+    with pytest.raises(ValueError, match=r"\d\.(tif|npy).* bands.* so choose some in data\.bands"):
         Folder(tmp_path, ["a", "b"], batch_size=1).setup("fit")
 
 

@@ -36,7 +36,7 @@ ROOMS = {
     "datamodules/transforms": {"errors"},
     "datamodules/weight_map": {"transforms", "errors"},
     "datamodules/dataset": {"decode", "transforms", "errors"},
-    "datamodules/base": {"dataset", "decode", "download", "files", "transforms", "weight_map", "errors"},
+    "datamodules/base": {"check", "dataset", "decode", "download", "files", "transforms", "weight_map", "errors"},
     "datamodules/check": {"itself", "base", "class_map", "decode", "files", "errors"},
     "datamodules": {"base", "class_map", "decode", "files", "transforms", "download", "errors"},
 }  # fmt: skip

@@ -4,6 +4,6 @@
 writes the YAML to paste into a config, and `page` reports everything in the terminal and as an HTML page.
 """
 
-from .examine import examine, median_frequency
+from .examine import examine, look_before, median_frequency
 
-__all__ = ["examine", "median_frequency"]
+__all__ = ["examine", "look_before", "median_frequency"]

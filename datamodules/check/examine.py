@@ -3,17 +3,20 @@
 import copy
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..base import IGNORE, SegmentationDataModule, voc_palette
 from ..decode import Sample
 from ..errors import UserError
 from .facts import Facts, look_at
-from .findings import RULES, SEVERITIES, Examination, Finding, found_colors
+from .findings import RULES, SEVERITIES, Examination, Finding, count, found_colors
 
 COMMON = 0.001  # smallest share of the pixels of a colour that is a class: smoothing and JPEG leave rarer colours
 
@@ -36,7 +39,72 @@ def examine(data: SegmentationDataModule, workers: int | None = None) -> Examina
     columns = (TextColumn("looking at the files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, Progress(*columns, transient=True) as bar:
         facts = list(bar.track(pool.map(look_at, *zip(*listed, strict=True)), len(listed))) if listed else []
+    numbers = Counter(split for split, _ in listed)
+    return add_up(data, facts, {split: numbers[split] for split in splits}, findings)
 
+
+def look_before(
+    data: SegmentationDataModule, splits: dict[str, str], wanted: dict[str, int | None]
+) -> dict[str, np.ndarray]:
+    """Look at files before a run: refuse what `examine` calls an error, and say what it warns of.
+
+    Hashes, mean and std are left out, so the same picture in two files is not found.
+
+    Args:
+        data: a data set whose splits are opened.
+        splits: role -> split of the data sets to look at.
+        wanted: role -> number of files to decode, evenly spread; None for all.
+
+    Returns:
+        by role, pixels of each class in these files, int64 ``(K,)``.
+
+    Raises:
+        UserError: for the first error, in the words of ``check_data``.
+    """
+    facts: list[Facts] = []
+    partial = False
+    for role, split in splits.items():
+        dataset, number = data.datasets[role], wanted[role]
+        unmatched = [i for i, sample in enumerate(dataset.samples) if sample.missing() is not None]
+        left = [i for i in range(len(dataset)) if number is None or dataset.samples[i].image is not None]
+        left = sorted({*left} - {*unmatched}) if number != 0 else []
+        chosen = left[:: -(-len(left) // number)] if number and left else left
+        partial |= len(unmatched) + len(chosen) < len(dataset)
+        if len(chosen) > 2000:
+            rank_zero_info(f"decoding {len(chosen)} files of '{role}'; data.check: 500 decodes fewer")
+        samples = [dataset.samples[i] for i in unmatched + chosen]
+        reads = [lambda i=i, dataset=dataset: dataset.stored(i) for i in unmatched + chosen]
+        with ThreadPoolExecutor(max(2, data.num_workers)) as pool:
+            facts += pool.map(look_at, repeat(split), samples, reads, repeat(True))
+    numbers = {split: len(data.datasets[role]) for role, split in splits.items()}
+    found = add_up(data, facts, numbers, [], trains="train" in splits, partial=partial)
+    if errors := [finding for finding in found.findings if finding.severity == "error"]:
+        more = f". And {count(len(errors) - 1, 'more error')}: lightning check_data lists them" if errors[1:] else ""
+        raise UserError(f"{errors[0]}{more}")
+    for finding in found.findings:
+        if finding.severity == "warning":
+            rank_zero_info(f"warning: {finding}")
+    return {role: found.pixels[split][:-2] for role, split in splits.items()}
+
+
+def add_up(
+    data: SegmentationDataModule,
+    facts: list[Facts],
+    numbers: dict[str, int],
+    findings: list[Finding],
+    trains: bool = True,
+    partial: bool = False,
+) -> Examination:
+    """Add up the facts of all samples and apply the rules.
+
+    Args:
+        data: the data set as configured.
+        facts: the facts of its samples.
+        numbers: number of samples of each split.
+        findings: what was found before; the list is extended.
+        trains: whether the split ``train`` is there to train on.
+        partial: whether samples were left out.
+    """
     completed = complete(data, facts)
     table = completed.label_table().numpy()
     for f in facts:
@@ -48,14 +116,16 @@ def examine(data: SegmentationDataModule, workers: int | None = None) -> Examina
     found = Examination(
         given=data,
         data=completed,
-        splits=splits,
+        numbers=numbers,
         facts=facts,
-        pixels={split: sum((f.counts for f in facts if f.split == split), none) for split in splits},
+        pixels={split: sum((f.counts for f in facts if f.split == split), none) for split in numbers},
         images=(train_counts > 0).sum(axis=0),
         class_weights=median_frequency(train_counts),
         mean=mean,
         std=std,
         findings=findings,
+        trains=trains,
+        partial=partial,
     )
     for rule in RULES:
         findings += rule(found)
@@ -70,25 +140,22 @@ def list_splits(data: SegmentationDataModule, splits: Sequence[str]) -> tuple[li
         (split, sample) of every sample, and the findings.
 
     Raises:
-        UserError: if no split has a sample and one cannot be listed; the error of the first such split.
+        UserError: if no split has a sample; the error of the first split.
     """
     listed: list[tuple[str, Sample]] = []
     findings: list[Finding] = []
     errors: list[UserError] = []
     for split in splits:
-        problem, samples = "empty", []
         try:
-            samples = data.samples(split)
+            listed += [(split, sample) for sample in data.listed(split)]
         except UserError as error:
-            problem = f"missing: {error}"
             errors.append(error)
-        listed += [(split, sample) for sample in samples]
-        if not samples and split in ("train", "val"):
-            findings.append(Finding("error", f"the split '{split}' is {problem}"))
-        elif not samples:
-            advice = "Training does not need it; for the command test, add it or set data.test_split: val"
-            findings.append(Finding("warning", f"there is no split '{split}'", advice=advice))
-    if errors and not listed:
+            if split in ("train", "val"):
+                findings.append(Finding("error", str(error)))
+            else:
+                advice = "Training does not need it; for the command test, add it or set data.test_split: val"
+                findings.append(Finding("warning", f"there is no split '{split}'", advice=advice))
+    if not listed:
         raise errors[0]
     if unknown := getattr(data, "colors_unknown", ""):  # of a `Folder`, which lists its files all the same
         findings.append(Finding("error", unknown))
@@ -104,7 +171,8 @@ def complete(data: SegmentationDataModule, facts: Sequence[Facts]) -> Segmentati
     """
     known = copy.copy(data)
     train = {value for f in facts if f.split == "train" for value in f.values}
-    is_binary = train == {0, IGNORE} and IGNORE not in (data.label_map or ()) and data.num_classes != 1
+    declared = {*data.void_values, *(data.label_map or ())}
+    is_binary = train == {0, IGNORE} and IGNORE not in declared and data.num_classes != 1
     if is_binary:
         known.label_map = {0: 0, IGNORE: 1}
     if data.class_names:

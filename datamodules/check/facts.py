@@ -1,16 +1,19 @@
 """The facts of one sample: its files are decoded completely, and only numbers are kept. It runs in threads."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ..decode import Sample, color_codes
 from ..errors import UserError
 
 Color = tuple[int, int, int]
+Pair = tuple[Tensor, Tensor | None]  # an image and its mask
 MANY = 1024  # most common values or colours that are kept per mask; a mask with more holds no labels
 
 
@@ -30,12 +33,14 @@ class Facts:
         mask_shape: shape of the mask as read, ``(H, W)``.
         dtype: type of the image as read.
         size: bytes of the decoded image and mask.
-        content: hash of the image's pixels.
+        finite: whether all pixels of the image are numbers.
+        constant: whether each band of the image has one single value.
+        content: hash of the image's pixels; "" after a quick look.
         mask_content: hash of the mask's pixels.
         values: stored mask value -> number of pixels.
         colors: colour without a class -> number of pixels.
         palette: stored mask value -> colour, for a mask with a palette.
-        sums: sum of the pixels per band, scaled to 0..1.
+        sums: sum of the pixels per band, scaled to 0..1; empty after a quick look.
         squares: sum of the squared pixels per band, scaled to 0..1.
         counts: pixels of each class, ignored, and without a class, ``(K + 2,)``; set when the classes are known.
     """
@@ -51,6 +56,8 @@ class Facts:
     mask_shape: tuple[int, ...] = ()
     dtype: str = ""
     size: int = 0
+    finite: bool = True
+    constant: bool = False
     content: str = ""
     mask_content: str = ""
     values: dict[int, int] = field(default_factory=dict)
@@ -74,8 +81,15 @@ class Facts:
         return str(path) if own else f"{path} ({name})"
 
 
-def look_at(split: str, sample: Sample) -> Facts:
-    """Decode a sample completely and return its facts; an error is one of them."""
+def look_at(split: str, sample: Sample, read: Callable[[], Pair] | None = None, quick: bool = False) -> Facts:
+    """Decode a sample completely and return its facts; an error is one of them.
+
+    Args:
+        split: the split of the sample.
+        sample: the sample.
+        read: decodes the sample, if it should come from a cache.
+        quick: whether to leave out hashes and sums, and to pass on errors that are no `UserError`.
+    """
     facts = Facts(split, sample)
     if (missing := sample.missing()) is not None:
         facts.problem, facts.reason = "unmatched", missing
@@ -84,24 +98,29 @@ def look_at(split: str, sample: Sample) -> Facts:
     facts.mask_mode, _, palette = header(sample.mask)
     palette = [] if sample.colors else palette  # such a mask is read by colour
     try:
-        image, mask = (None if part is None else part.numpy() for part in sample.read())
+        image, mask = (None if part is None else part.numpy() for part in (read or sample.read)())
         assert image is not None
     except Exception as error:  # any error would end training too
         is_plain = isinstance(error, UserError)
+        if quick and not is_plain:
+            raise
         facts.reason = str(error) if is_plain else f"{facts.file()} cannot be read ({type(error).__name__}: {error})"
         facts.colors, facts.mask_shape = unknown_colors(sample) if str(sample.mask) in facts.reason else ({}, ())
         facts.problem = "colour" if facts.colors else "unreadable"
         return facts
-    facts.shape, facts.dtype, facts.content = image.shape, image.dtype.name, digest(image)
+    facts.shape, facts.dtype, facts.size = image.shape, image.dtype.name, image.nbytes
     facts.mode = facts.mode or f"{len(image)} x {image.dtype.name}"
-    facts.sums, facts.squares = moments(image)
-    facts.size = image.nbytes
+    facts.finite = image.dtype.kind != "f" or bool(np.isfinite(image).all())
+    facts.constant = bool((image[:, :1] == image[:, :1, :1]).all() and (image == image[:, :1, :1]).all())
     if mask is not None:
-        facts.mask_shape, facts.mask_content, facts.size = mask.shape, digest(mask), image.nbytes + mask.nbytes
+        facts.mask_shape, facts.size = mask.shape, image.nbytes + mask.nbytes
         facts.mask_mode = facts.mask_mode or mask.dtype.name
         values, counts = count_values(mask)
         facts.values = dict(zip(values.tolist(), counts.tolist(), strict=True))
         facts.palette = {value: palette[value] for value in facts.values if 0 <= value < len(palette)}
+    if not quick:
+        facts.sums, facts.squares = moments(image)
+        facts.content, facts.mask_content = digest(image), "" if mask is None else digest(mask)
     return facts
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base import IGNORE, SegmentationDataModule
+from ..base import IGNORE, UNNAMED, SegmentationDataModule
 from .facts import Color, Facts
 
 SEVERITIES = ("error", "warning", "note")
 UNEQUAL = 100  # the largest class has so many times the pixels of the rarest: it dominates the loss
+SHOWN = 5  # files that a finding about two kinds names
 LOSSY = "So many are no labels, but what JPEG or smoothing leaves: save masks as PNG, without resizing"
 
 
@@ -53,19 +54,21 @@ class Examination:
     Args:
         given: the data set as configured.
         data: the data set, completed by what its files suggest where its arguments state nothing.
-        splits: the splits that fit and test read.
-        facts: the facts of every sample.
+        numbers: number of samples of each split that is looked at.
+        facts: the facts of every sample, or of some.
         pixels: by split, the pixels of each class, ignored, and without a class, int64 ``(K + 2,)``.
         images: number of training images in which each class occurs, ``(K,)``.
         class_weights: weights of the classes, ``(K,)``, see `median_frequency`.
         mean: mean of the training images' pixels per band, scaled to 0..1; empty if none could be read.
         std: standard deviation of the same pixels per band.
         findings: all findings, errors first.
+        trains: whether the split ``train`` is there to train on.
+        partial: whether some samples were left out, so that nothing is known to be absent.
     """
 
     given: SegmentationDataModule
     data: SegmentationDataModule
-    splits: list[str]
+    numbers: dict[str, int]
     facts: list[Facts]
     pixels: dict[str, np.ndarray]
     images: np.ndarray
@@ -73,6 +76,13 @@ class Examination:
     mean: list[float]
     std: list[float]
     findings: list[Finding]
+    trains: bool = True
+    partial: bool = False
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are looked at."""
+        return [*self.numbers]
 
     def of(self, split: str) -> list[Facts]:
         """Return the facts of a split's samples."""
@@ -94,7 +104,7 @@ class Examination:
         errors = [finding for finding in self.findings if finding.severity == "error"]
         fatal = [e for e in errors if not e.facts or any(f.split in ("train", "val") for f in e.facts)]
         if errors:
-            more = f" And {count(len(errors) - 1, 'more error')}, see below." if len(errors) > 1 else ""
+            more = f" And {count(len(errors) - 1, 'more error')}." if len(errors) > 1 else ""
             return f"{'Training' if fatal else 'The test'} would fail: {(fatal or errors)[0]}.{more}"
         warnings = sum(finding.severity == "warning" for finding in self.findings)
         return "Ready to train" + (f", with {count(warnings, 'thing')} to look at." if warnings else ".")
@@ -134,13 +144,13 @@ def in_files(found: Examination) -> Iterator[Finding]:
         turned = any(f.turned > 4 and f.mask_shape[::-1] == f.shape[1:] for f in bad)
         advice = "Images are turned upright by their EXIF orientation; turn these masks too" if turned else ""
         yield Finding("error", f"{count(len(bad), 'mask')} of another size than the image", bad, True, detail, advice)
-    if bad := [f for f in read if not np.isfinite(f.sums).all()]:
+    if bad := [f for f in read if not f.finite]:
         yield Finding("error", f"{count(len(bad), 'image')} with values that are no numbers (nan or infinite)", bad)
     if bad := [f for f in read if f.turned > 1 and f.mask_shape == f.shape[1:] and (f.turned < 5 or square(f))]:
         text = f"{count(len(bad), 'image')} turned or mirrored on reading by the EXIF orientation"
         advice = "Their sizes do not show whether the masks are turned too: look at the page"
         yield Finding("warning", text, bad, advice=advice)
-    if bad := [f for f in read if np.isfinite(f.sums).all() and flat(f)]:
+    if bad := [f for f in read if f.constant]:
         yield Finding("warning", f"{count(len(bad), 'image')} of one single colour", bad)
     if bad := [f for f in read if f.mode[:1] in "IF" and f.dtype == "uint8"]:
         advice = "To read all bits, set data.bands: [0]"
@@ -152,25 +162,16 @@ def square(facts: Facts) -> bool:
     return facts.shape[1] == facts.shape[2]
 
 
-def flat(facts: Facts) -> bool:
-    """Return whether each band of an image is constant, up to rounding."""
-    n = facts.shape[1] * facts.shape[2]
-    return all(q / n - (s / n) ** 2 <= 1e-13 * q / n for s, q in zip(facts.sums, facts.squares, strict=True))
-
-
 def in_values(found: Examination) -> Iterator[Finding]:
-    """Find masks of 0 and 255 only, unnamed classes, and stored values that have no class."""
-    given, data, train = found.given, found.data, [f for f in found.of("train") if f.values]
-    if data.label_map == {0: 0, IGNORE: 1} != given.label_map and all({0, IGNORE} >= f.values.keys() for f in train):
-        advice = f"{IGNORE} means 'ignored': if it is your foreground, set data.label_map: {{0: 0, {IGNORE}: 1}}"
-        yield Finding("error", f"the training masks hold 0 and {IGNORE} only", train, mask=True, advice=advice)
+    """Find unnamed classes, and stored values that have no class."""
+    given, data, labelled = found.given, found.data, [f for f in found.facts if f.values]
     if not given.class_names and data.class_names:
         advice = f"The block below names the {data.num_classes} classes in the masks by their stored values"
-        yield Finding("error", "nothing names the classes: training needs data.class_names", advice=advice)
-    elif not data.class_names and train:
-        different = len({value for f in train for value in f.values})
+        yield Finding("error", UNNAMED, advice=advice)
+    elif not data.class_names and labelled:
+        different = len({value for f in labelled for value in f.values})
         advice = f"The masks hold {different:,} different values, which are too many for labels"
-        yield Finding("error", "nothing names the classes", train, mask=True, advice=advice)
+        yield Finding("error", UNNAMED, labelled, mask=True, advice=advice)
     bad = sorted((f for f in found.facts if f.counts[-1] > 0), key=lambda f: -f.counts[-1])
     if bad and data.class_names:
         table = data.label_table()
@@ -179,8 +180,31 @@ def in_values(found: Examination) -> Iterator[Finding]:
             unknown.update({v: n for v, n in f.values.items() if not 0 <= v < len(table) or table[v] < 0})
         listed = most_common(unknown, sum(int(f.counts.sum()) for f in bad))
         text = f"{count(len(bad), 'mask')} with values that belong to none of the {data.num_classes} classes, {listed}"
-        advice = "To ignore them, use data.void_values; to learn them, data.class_names and data.label_map"
+        values = sorted(unknown)
+        advice = f"To ignore them, set data.void_values: {values}; to learn them, data.class_names and data.label_map"
         yield Finding("error", text, bad, mask=True, advice=LOSSY if len(unknown) > 20 else advice)
+
+
+def in_255(found: Examination) -> Iterator[Finding]:
+    """Find masks in which 255 may be an object: it means "ignored" where the arguments do not declare it."""
+    given, classes, masks = found.given, found.data.num_classes, [f for f in found.facts if f.values]
+    if IGNORE in {*given.void_values, *(given.label_map or ())} or classes == 1:
+        return
+    only = [f for f in masks if {0, IGNORE} == f.values.keys()]
+    objects = [f for f in masks if f.values.keys() - {0, IGNORE}]
+    labels = {**(given.label_map or {0: 0, **({1: 1} if objects else {})}), IGNORE: 1}
+    advice = f"{IGNORE} means 'ignored': if it is your object, set data.label_map: {labels}; if it is to be ignored, "
+    advice += f"set data.void_values: [{IGNORE}]"
+    if only and not objects:
+        severity = "error" if found.trains or (classes == 2 and len(only) > 1) else "warning"
+        yield Finding(severity, f"the masks hold 0 and {IGNORE} only", only, mask=True, advice=advice)
+    elif only and classes == 2:
+        both = any(IGNORE in f.values for f in objects)  # so 255 is the border of objects in some masks
+        others = " and ".join(map(str, sorted({v for f in objects for v in f.values})[:4]))
+        text = f"{count(len(only), 'mask')} of 0 and {IGNORE} among {count(len(objects), 'mask')} of {others}"
+        names = ", ".join(f.file(mask=True) for f in only[:SHOWN])
+        detail = names + (f" and {len(only) - SHOWN:,} more" if only[SHOWN:] else "")
+        yield Finding("warning" if both else "error", text, only, mask=True, detail=detail, advice=advice)
 
 
 def in_colors(found: Examination) -> Iterator[Finding]:
@@ -221,36 +245,50 @@ def most_common(counts: Counter, total: int, shown: int = 8) -> str:
 
 def in_classes(found: Examination) -> Iterator[Finding]:
     """Find classes that never occur, masks without labels, and very unequal classes."""
-    names, train = found.data.class_names, found.pixels["train"][:-2]
-    if not any(f.values for f in found.of("train")) or not names:
+    names, masks = found.data.class_names, [f for f in found.facts if f.values]
+    if not names or not masks:
         return
-    if not train.sum():
-        some = [f for f in found.of("train") if f.values]
-        yield Finding("error", "no pixel of the training masks has a class: there is nothing to learn", some, mask=True)
-        return
-    if len(names) > 1 and not train[1:].any() and found.pixels["train"][-2]:
-        yield Finding("error", f"the training masks hold {names[0]} and ignored pixels only: there is nothing to learn")
-    if empty := [f for f in found.facts if f.values and not f.counts[:-2].any() and not f.counts[-1]]:
+    if found.trains and any(f.split == "train" for f in masks):
+        hopeless = False
+        for finding in in_training(found):
+            hopeless |= finding.severity == "error"
+            yield finding
+        if hopeless:
+            return
+    if empty := [f for f in masks if not f.counts[:-2].any() and not f.counts[-1]]:
         yield Finding("warning", f"{count(len(empty), 'mask')} in which every pixel is ignored", empty, mask=True)
-    for split in found.splits[1:]:
+    never = [k for k in range(len(names)) if not any(found.pixels[split][k] for split in found.splits)]
+    if never and found.trains and not found.partial:
+        yield Finding("warning", f"{listing(names, never)} in no mask")
+
+
+def in_training(found: Examination) -> Iterator[Finding]:
+    """Find training masks without labels, classes that other splits alone hold, and very unequal classes."""
+    names, train, ignored = found.data.class_names, found.pixels["train"][:-2], found.pixels["train"][-2]
+    some = [f for f in found.of("train") if f.values]
+    if not train[1:].any() and ((len(names) > 1 and ignored) or not train.any()) and not found.partial:
+        held = f"hold {names[0]} and ignored pixels only" if train.any() else "have no pixel with a class"
+        yield Finding("error", f"the training masks {held}: there is nothing to learn", some, mask=True)
+        return
+    for split in found.splits[1:] if not found.partial else ():
         unseen = [k for k, n in enumerate(found.pixels[split][:-2]) if n and not train[k]]
         if unseen:
             some = [f for f in found.of(split) if f.counts[unseen].any()]
             text = f"{listing(names, unseen)} in '{split}' but never in 'train'"
-            yield Finding(
-                "warning", text, some, mask=True, advice="The network cannot learn a class that it never sees"
-            )
-    if never := [k for k in range(len(names)) if not any(found.pixels[split][k] for split in found.splits)]:
-        yield Finding("warning", f"{listing(names, never)} in no mask")
-    absent = [k for k, n in enumerate(found.pixels["val"][:-2]) if train[k] and not n]
-    if absent and found.pixels["val"][:-2].any():
+            advice = "The network cannot learn a class that it never sees"
+            yield Finding("warning", text, some, mask=True, advice=advice)
+    val = found.pixels.get("val", train)[:-2]
+    absent = [k for k, n in enumerate(val) if train[k] and not n]
+    if absent and val.any():
         yield Finding("note", f"{listing(names, absent)} never in 'val', so not in val/miou")
     present = np.flatnonzero(train)
     rare, large = int(present[train[present].argmin()]), int(train.argmax())
-    if train[large] > UNEQUAL * train[rare]:
+    if train[large] > UNEQUAL * train[rare] and not found.given.border_weight:
         few, much = (f"{names[k]} {percent(train[k] / train.sum())}" for k in (rare, large))
         text = f"very unequal classes in 'train': {few} of the labelled pixels, {much}"
-        yield Finding("warning", text, advice="To balance them, use model.class_weights of the block below")
+        yield Finding(
+            "warning", text, advice="To balance them, set model.class_weights: lightning check_data writes them"
+        )
 
 
 def listing(names: Sequence[str], classes: Sequence[int], shown: int = 8) -> str:
@@ -262,28 +300,37 @@ def listing(names: Sequence[str], classes: Sequence[int], shown: int = 8) -> str
 
 def in_sizes(found: Examination) -> Iterator[Finding]:
     """Find splits that do not fit in batches, images smaller than the crop, and other counts than published."""
-    data, listed = found.given, found.of("train")
-    if 0 < len(listed) < data.batch_size:
-        text = f"{count(len(listed), 'training image')}, fewer than one batch of {data.batch_size}"
-        yield Finding("error", text, advice="Lower data.batch_size")
-    for split in found.splits:
-        images = [f for f in found.of(split) if f.shape]
+    data = found.given
+    share = found.numbers.get("train", 0) // data.world_size
+    if found.trains and 0 < share < data.batch_size:
+        each = "" if data.world_size == 1 else " per process"
+        text = f"{count(share, 'training image')}{each}, fewer than one batch of {data.batch_size}"
+        yield Finding("error", text, advice=f"Set data.batch_size: {share}")
+    for split, number in found.numbers.items():
+        images, train = [f for f in found.of(split) if f.shape], found.trains and split == "train"
         sizes, crop = Counter(f.shape[1:] for f in images), data.crop_size
-        batch = data.batch_size if split == "train" else data.eval_batch_size
-        if len(sizes) > 1 and batch > 1 and not (split == "train" and crop is not None):
+        batch = data.batch_size if train else data.eval_batch_size
+        unlabelled = not any(f.sample.mask or f.values for f in images)  # such are read one by one
+        if len(sizes) > 1 and batch > 1 and not unlabelled and not (train and crop is not None):
             usual = sizes.most_common(1)[0][0]
-            advice = "Set data.crop_size" if split == "train" else "Set data.eval_batch_size: 1"
+            advice = f"Set data.crop_size: {usual_crop(images)}" if train else "Set data.eval_batch_size: 1"
             text = f"'{split}' has images of {len(sizes)} sizes, which do not fit in one batch of {batch}"
             yield Finding("error", text, [f for f in images if f.shape[1:] != usual], advice=advice)
-        if split == "train" and crop is not None:
+        if train and crop is not None:
             height, width = (crop, crop) if isinstance(crop, int) else crop
             if small := [f for f in images if f.shape[1] < height or f.shape[2] < width]:
                 text = f"{count(len(small), 'training image')} smaller than the crop of {width} x {height}, so padded"
                 yield Finding("warning", text, sorted(small, key=lambda f: f.shape[1] * f.shape[2]))
-        number = len(found.of(split))
         expected = data.expected_counts.get(split, number)
         if number not in (0, expected):
             yield Finding("warning", f"'{split}' has {count(number, 'image')}, {expected:,} are published")
+
+
+def usual_crop(facts: Sequence[Facts]) -> list[int]:
+    """Return the median height and width of images in multiples of 32, at most 512 and at least 32."""
+    return [
+        max(32, min(512, int(np.median(side)) // 32 * 32)) for side in zip(*(f.shape[1:] for f in facts), strict=True)
+    ]
 
 
 def in_modes(found: Examination) -> Iterator[Finding]:
@@ -330,4 +377,4 @@ def in_contents(found: Examination) -> Iterator[Finding]:
             yield Finding("warning", text.format(count(len(kept), "picture")), some, detail=detail)
 
 
-RULES = (in_files, in_values, in_colors, in_classes, in_sizes, in_modes, in_memory, in_contents)
+RULES = (in_files, in_values, in_255, in_colors, in_classes, in_sizes, in_modes, in_memory, in_contents)

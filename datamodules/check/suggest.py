@@ -9,15 +9,14 @@ import numpy as np
 import yaml
 
 from ..base import voc_palette
-from .findings import Examination, found_colors
+from .findings import Examination, found_colors, usual_crop
 
 
 def crop_size(found: Examination) -> list[int] | None:
     """Return the configured crop, or else the median height and width in multiples of 32, at most 512."""
     if (crop := found.given.crop_size) is not None:
         return [crop, crop] if isinstance(crop, int) else [*crop]
-    sides = [*zip(*(f.shape[1:] for f in found.of("train") if f.shape), strict=True)]
-    return [max(32, min(512, int(np.median(side)) // 32 * 32)) for side in sides] or None
+    return usual_crop([f for f in found.of("train") if f.shape]) or None
 
 
 def batch_bytes(found: Examination) -> int:
