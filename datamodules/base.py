@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torchvision.transforms import v2
 
 from .dataset import Cache, EpochSampler, SegmentationDataset, collate
@@ -192,6 +192,7 @@ class SegmentationDataModule(L.LightningDataModule):
         else:
             fixed = {"fit": {"train": "train", "val": "val"}, "validate": {"val": "val"}}
             splits = fixed.get(stage, {stage: self.test_split})
+            check_names(self.class_names)
             for role, split in splits.items():
                 self.open_split(role, split)
         counts = self.look_at_files(splits)
@@ -360,6 +361,7 @@ class SegmentationDataModule(L.LightningDataModule):
         """Build the loader of a role: ``train``, ``val``, ``test`` or ``predict``.
 
         Raises:
+            UserError: if the trainer's `overfit_batches` is less than one batch.
             UserError: if there are fewer images than processes. Every process raises it, or the others would wait for
                 the one that has no image.
         """
@@ -369,11 +371,22 @@ class SegmentationDataModule(L.LightningDataModule):
                 f"the split for '{role}' has {len(dataset)} images for {self.world_size} processes: use fewer devices"
             )
         rank = self.trainer.global_rank if self.trainer else 0
-        sampler = EpochSampler(len(dataset), train, dataset.seed, rank, self.world_size)
-        eval_batch_size = self.eval_batch_size if dataset.label_table is not None else 1  # photos differ in size
+        sampler: Sampler = EpochSampler(len(dataset), train, dataset.seed, rank, self.world_size)
+        batch_size = self.batch_size if train else self.eval_batch_size
+        if dataset.label_table is None:
+            batch_size = 1  # photos differ in size
+        overfit = getattr(self.trainer, "overfit_batches", 0) if role in ("train", "val") else 0
+        if overfit:
+            sampler = SequentialSampler(dataset)  # Lightning asks for it; the data set takes its keys for epoch 0
+            count = len(dataset) // batch_size if train else -(-len(dataset) // batch_size)
+            if isinstance(overfit, float) and overfit * count < 1:
+                raise UserError(
+                    f"trainer.overfit_batches {overfit} of the {count} batches of '{role}' is less than one batch: set "
+                    "it to 1"
+                )
         return DataLoader(
             dataset,
-            batch_size=self.batch_size if train else eval_batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             drop_last=train,
             num_workers=self.num_workers,
@@ -397,6 +410,29 @@ class SegmentationDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Build the loader of whole images of `predict_dir`, or without it of `test_split`."""
         return self.loader("predict")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Check that tables, columns and pictures can tell classes apart by their names.
+
+    Raises:
+        UserError: if a name is empty, occurs twice, or holds a slash or a control character.
+    """
+    label_of: dict[str, int] = {}
+    for label, name in enumerate(str(name).strip() for name in names):
+        if not name:
+            raise UserError(f"the class of label {label} has no name: name it in data.class_names")
+        if any(sign in "/\\\x7f" or sign < " " for sign in name):
+            raise UserError(
+                f"the class name {name!r} has a slash or a control character, which splits the names of metrics: "
+                "write it another way in data.class_names"
+            )
+        if name in label_of:
+            raise UserError(
+                f"the classes of the labels {label_of[name]} and {label} are both called '{name}': give each its own "
+                "name in data.class_names, or both one label in data.label_map"
+            )
+        label_of[name] = label
 
 
 def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:

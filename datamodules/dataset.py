@@ -60,7 +60,7 @@ class Cache:
 
 
 class SegmentationDataset(Dataset):
-    """One split of a data set. Its keys are ``(epoch, index)``.
+    """One split of a data set. Its keys are ``(epoch, index)``; an index alone is one of epoch 0.
 
     Each item draws its random numbers from (seed, epoch, index) alone. So the augmentation of an image does not depend
     on the number of workers or processes, nor on the images that were read before it.
@@ -97,8 +97,8 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
+        epoch, index = (0, key) if isinstance(key, int) else key
         image, mask = self.read(index)
         item: dict[str, Any] = {"name": self.samples[index].name, "size": tuple(image.shape[-2:])}
         if mask is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from .base import SegmentationDataModule, voc_palette
+from .base import SegmentationDataModule, check_names, voc_palette
 from .class_map import CLASS_MAPS, Color, colors_found, is_color, read_class_map
 from .decode import Sample
 from .errors import UserError
@@ -100,6 +100,7 @@ class Folder(SegmentationDataModule):
         if names is None and palette is None and self.class_map is not None:
             names, palette = read_class_map(self.class_map)
         self.class_names = list(names or ())
+        check_names(self.class_names)
         self.palette: list[Color] = [(int(r), int(g), int(b)) for r, g, b in palette or voc_palette(self.num_classes)]
         if len(self.palette) != self.num_classes:
             raise UserError(

@@ -101,6 +101,9 @@ class SegmentationModule(L.LightningModule):
         self.freeze_bn, self.channels_last, self.compile_network = freeze_bn, channels_last, compile
         self.inference = inference or Whole()
         labels = range(max(2, num_classes))
+        self.met_data = False  # the data's bands are compared with a checkpoint's; without data they are taken from it
+        self.bands: list[int] | None = None  # which bands of the files are read as stored; None is RGB
+        self.value_range: list[float] | None = None
         self.named_by_data = False  # the data's names win over a checkpoint's, and both over these numbers
         self.class_names = [str(label) for label in labels]
         self.palette = [[37 * label % 256, 91 * label % 256, 173 * label % 256] for label in labels]
@@ -171,7 +174,7 @@ class SegmentationModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Compare model and data, see `checkpoints.agree`; set the memory format; compile."""
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and len(getattr(data, "class_names", ())) > 0:
+        if data is not None and hasattr(data, "class_names"):
             checkpoints.agree(self, data)
         if self.channels_last:
             self.to(memory_format=torch.channels_last)

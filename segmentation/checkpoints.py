@@ -1,11 +1,13 @@
 """Checkpoints: what one says about its model, which is the newest or the best, and how its weights are loaded.
 
 A checkpoint holds the key ``segmentation``: the public class path, the plain constructor arguments, class names,
-palette, mean and std. That is all that is needed to build the network again and to name its classes.
+palette, mean, std, bands and value range. That is all that is needed to build the network again, to read images as
+training did, and to name the classes. Where a checkpoint meets a data set, the two are compared.
 """
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from .errors import UserError
+
+RGB = [0, 1, 2]  # the bands that are read of most images where none are named
 
 
 def describe(model: Any, checkpoint: dict[str, Any]) -> None:
@@ -31,7 +35,7 @@ def describe(model: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """Return what builds a network again, names its classes and scales its pixels, in plain types."""
+    """Return what builds a network again, names its classes, reads images and scales their pixels, in plain types."""
     return {
         "class_path": class_path(type(model)),
         "init_args": init_args(model),
@@ -39,16 +43,19 @@ def identity(model: Any) -> dict[str, Any]:
         "palette": model.palette,
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
+        "bands": model.bands,
+        "value_range": model.value_range,
     }
 
 
 def accept(model: Any, checkpoint: dict[str, Any]) -> None:
-    """Compare a checkpoint with a model before its weights are loaded, and take its class names and palette.
+    """Compare a checkpoint with a model before its weights are loaded, and take what training knew.
 
-    The names of the data set at hand, if there is one, win over the checkpoint's.
+    If there is a data set at hand, its names and colours win over the checkpoint's, and a line says which names differ.
 
     Raises:
-        UserError: if the checkpoint is of another architecture, or of the same with other sizes; names both.
+        UserError: if the checkpoint is of another architecture, of the same with other sizes, or was trained on other
+            bands, on another value range or with the classes in another order; names both.
     """
     saved = checkpoint.get("segmentation")
     if saved is not None and saved["class_path"].rpartition(".")[2] != type(model).__name__:
@@ -61,15 +68,89 @@ def accept(model: Any, checkpoint: dict[str, Any]) -> None:
         differ = [f"{k} {there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here.get(k)]
         layer = min(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key))
         raise UserError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
-    if saved is not None and not model.named_by_data:
+    if saved is None:
+        return
+    if model.met_data:
+        compare_bands(saved, model.bands)
+        settle_range(saved, model)
+    else:
+        model.bands, model.value_range = saved.get("bands"), saved.get("value_range")
+    if not model.named_by_data:
         model.class_names, model.palette = saved["class_names"], saved["palette"]
+        return
+    if moved := moved_names(saved["class_names"], model.class_names):
+        raise UserError(
+            f"{moved}: name them in the checkpoint's order in data.class_names, and let data.label_map give the stored "
+            "values their labels in that order"
+        )
+    if others := other_names(saved["class_names"], model.class_names):
+        rank_zero_info(others)
+
+
+def compare_bands(saved: dict[str, Any], bands: Sequence[int] | None) -> None:
+    """Compare the bands that training read with those that are to be read.
+
+    Args:
+        saved: what a checkpoint says; older ones do not say their bands.
+        bands: as data.bands; None is RGB.
+
+    Raises:
+        UserError: if they differ; names both.
+    """
+    there = saved.get("bands")
+    if "bands" in saved and list(there or RGB) != list(bands or RGB):
+        trained = f"with data.bands {there}: set bands to that" if there else "on RGB: leave bands out"
+        raise UserError(f"bands is {bands and list(bands)}, but the checkpoint was trained {trained}")
+
+
+def settle_range(saved: dict[str, Any], model: Any) -> None:
+    """Compare the value range by which training scaled pixels with that of the data at hand. The checkpoint's wins.
+
+    Raises:
+        UserError: if the checkpoint has another; names both.
+    """
+    there, here = saved.get("value_range"), model.value_range
+    if there is None and here is not None:
+        rank_zero_info(
+            f"the checkpoint scales pixels by the full range of their type: data.value_range {list(here)} is not used"
+        )
+        model.value_range = None
+    elif there is not None and list(there) != list(here or ()):
+        raise UserError(
+            f"data.value_range is {here and list(here)}, but the checkpoint was trained with {list(there)}: set it to "
+            "that"
+        )
+
+
+def moved_names(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Say that classes which a checkpoint and the data share have other labels; "" if none has."""
+    there, here = ([name.strip().casefold() for name in names] for names in (theirs, ours))
+    if max(len(there) - len(set(there)), len(here) - len(set(here))):  # case tells some apart
+        there, here = list(theirs), list(ours)
+    if theirs == numbers(theirs) or not any(n in here and here.index(n) != k for k, n in enumerate(there)):
+        return ""
+    return f"the classes of the checkpoint are [{', '.join(theirs)}], but the data has [{', '.join(ours)}]"
+
+
+def other_names(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Say which names of classes differ between a checkpoint and the data; "" if none does."""
+    differ = [f"{a} is now {b}" for a, b in zip(theirs, ours, strict=False) if a != b]
+    if theirs == numbers(theirs) or not differ:
+        return ""
+    shown = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")
+    return f"{len(differ)} of {len(theirs)} class names differ from the checkpoint's: {shown}"
+
+
+def numbers(names: Sequence[str]) -> list[str]:
+    """Return the names that classes have if nobody named them."""
+    return [str(label) for label in range(len(names))]
 
 
 def agree(model: Any, data: Any) -> None:
-    """Check that a model fits a data set, and give it the data set's class names and palette.
+    """Check that a model fits a data set, and give it the data set's bands, class names and palette.
 
-    A line says so if the model normalises pixels by another mean or std than those that the data set states; weights
-    from elsewhere may need that.
+    Photos to predict name no classes; then only the bands count. A line says so if the model normalises pixels by
+    another mean or std than those that the data set states; weights from elsewhere may need that.
 
     Args:
         model: a `SegmentationModule`.
@@ -78,6 +159,9 @@ def agree(model: Any, data: Any) -> None:
     Raises:
         UserError: if the numbers of channels or classes differ; a binary model has 1 where its data has 2.
     """
+    model.met_data, model.bands = True, None if data.bands is None else [int(band) for band in data.bands]
+    if not len(data.class_names):
+        return
     if max(2, model.num_classes) != data.num_classes:
         raise UserError(
             f"model.num_classes is {model.num_classes} but the data has {data.num_classes} classes "

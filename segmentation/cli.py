@@ -93,6 +93,8 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         runs.settle(config)
         runs.find_checkpoint(config)
+        if self.subcommand in ("validate", "test", "predict", "predict_tiff"):
+            runs.say_random(config)
         if self.subcommand in ("validate", "test") and any(
             "Report" in callback.class_path for callback in config.trainer.callbacks or []
         ):

@@ -83,7 +83,7 @@ def folder(config: Namespace) -> Path | None:
 
 
 def find_checkpoint(config: Namespace) -> None:
-    """Replace ``last`` or ``best`` by the path of a checkpoint, and take the model's missing arguments from it.
+    """Replace ``last`` or ``best`` by the path of a checkpoint, and take what model and data leave open from it.
 
     Raises:
         UserError: if there is no such checkpoint.
@@ -96,6 +96,28 @@ def find_checkpoint(config: Namespace) -> None:
         raise UserError(f"the checkpoint {config.ckpt_path} does not exist")
     if config.get("model") is not None and "weights" in config.model.init_args:
         take_from_checkpoint(config.model.init_args, config.ckpt_path)
+    if config.get("data") is not None and "://" not in config.ckpt_path:
+        take_bands(config.data.init_args, config.ckpt_path)
+
+
+def say_random(config: Namespace) -> None:
+    """Say that a command which needs a trained network has got neither a checkpoint nor weights."""
+    weights = None if config.get("model") is None else config.model.init_args.get("weights")
+    if not config.get("ckpt_path") and weights in (None, "imagenet"):
+        random = "its weights are random" if weights is None else "all its weights but the backbone's are random"
+        rank_zero_info(
+            f"the network is not trained: {random}; give a checkpoint by --ckpt_path FILE, or --ckpt_path best for the "
+            "best of this config's runs"
+        )
+
+
+def take_bands(init_args: Namespace, path: str) -> None:
+    """Read images as training did: give ``bands`` and ``value_range`` of None the values in a checkpoint."""
+    saved = checkpoints.read(path).get("segmentation", {})
+    for key in ("bands", "value_range"):
+        if saved.get(key) is not None and key in init_args and init_args[key] is None:
+            init_args[key] = saved[key]
+            rank_zero_info(f"data.{key} is {saved[key]}, as in the checkpoint")
 
 
 def take_from_checkpoint(init_args: Namespace, path: str) -> None:

@@ -60,7 +60,7 @@ def export(
     Args:
         trainer: not needed; LightningCLI calls commands as methods of a trainer.
         model: the network; by default the checkpoint's own.
-        ckpt_path: its weights, class names and palette.
+        ckpt_path: its weights, class names, palette, bands and value range.
         format: onnx, or torch_export for a program of torch.export.
         output: the file; by default beside the checkpoint.
         size: the only size of image that the file accepts, a side in pixels or [height, width]; by default any size.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..architectures.unet import OverlapTile, UNet
 from ..base import SegmentationModule
-from ..checkpoints import load_trained
+from ..checkpoints import compare_bands, load_trained, read
 from ..errors import UserError
 from ..inference import SlidingWindow, Tiled, Whole
 from ..pictures import palette_bytes
@@ -57,7 +57,8 @@ def predict_tiff(
         ckpt_path: the checkpoint of the trained network.
         image: the TIFF to read.
         output: the TIFF to write.
-        bands: which bands to read as stored, counted from 0, as in data.bands; by default RGB of 8 bits.
+        bands: which bands to read as stored, counted from 0, as in data.bands; by default those that the checkpoint was
+            trained on, else RGB of 8 bits.
         overwrite: replace the output of an earlier run.
 
     Raises:
@@ -67,6 +68,10 @@ def predict_tiff(
         raise UserError("no image given: name a TIFF with --image FILE")
     if ckpt_path is not None:
         load_trained(model, ckpt_path)
+        if bands is None:
+            bands = model.bands
+        else:
+            compare_bands(read(ckpt_path).get("segmentation", {}), bands)
     write_labels(model.to(trainer.strategy.root_device), Path(image), Path(output), bands, overwrite)
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..base import SegmentationModule
-from ..checkpoints import load_trained
+from ..checkpoints import agree, load_trained
 from ..crf import CRF, Backend, need_pydensecrf, refine
 from ..errors import UserError
 from ..metrics import ConfusionMatrix, confusion_metrics
@@ -167,10 +167,11 @@ def tune_crf(
         raise UserError("tune_crf needs one image or more, and values for each of w1, sigma_alpha and sigma_beta")
     if backend == "pydensecrf":
         need_pydensecrf()
-    load_trained(model, ckpt_path)
-    model.to(trainer.strategy.root_device).eval()
     datamodule.prepare_data()
     datamodule.setup("validate")
+    agree(model, datamodule)
+    load_trained(model, ckpt_path)
+    model.to(trainer.strategy.root_device).eval()
     classes = max(2, model.num_classes)
     context = torch.multiprocessing.get_context()
     pool = ProcessPoolExecutor(workers or torch.get_num_threads(), context, torch.set_num_threads, (1,))
