@@ -70,8 +70,8 @@ class SegmentationDataModule(L.LightningDataModule):
             use.
         cache_budget: budget in GiB of `cache`, and the same again for the weight maps.
         test_split: the split that `test` reads, ``val`` where the test labels are not public.
-        predict_dir: folder of images for `predict`, of any sizes and modes, searched with its subfolders; None reads
-            the images of `test_split`.
+        predict_dir: folder of images for `predict`, of any sizes and modes, searched with its subfolders, or one image;
+            None reads the images of `test_split`.
         check: how many files of a split to decode before a run, evenly spread; None for all, 0 for none. The command
             `check_data` looks at all files, and reports more.
         download: fetch the data set if it is missing and its owner allows that.

@@ -32,11 +32,13 @@ def files_under(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, P
 
 
 def list_photos(folder: Path, bands: tuple[int, ...] | None = None) -> list[Sample]:
-    """List a folder of unlabelled images for `predict`.
+    """List a folder of unlabelled images for `predict`, or one image by itself.
 
     Raises:
         UserError: if the folder does not exist or holds no image.
     """
+    if folder.is_file():
+        return [Sample(folder.stem, folder, bands=bands)]
     photos = files_under(folder)
     if not photos:
         raise UserError(f"the folder {folder} holds no image; an image ends in one of {', '.join(SUFFIXES)}")

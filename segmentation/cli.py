@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import datamodules
 import datamodules.errors
 import segmentation
-from segmentation import callbacks, runs
+from segmentation import callbacks, outputs, runs
 
 from .commands.check_data import check_data
 from .errors import UserError
@@ -105,6 +106,7 @@ class CLI(LightningCLI):
             config.trainer = Namespace(accelerator=accelerator, devices=1, callbacks=None, **quiet)
         elif self.subcommand == "predict":
             config.trainer.logger, config.trainer.enable_checkpointing, config.return_predictions = False, False, False
+            outputs.writable(Path(config.writer.output_dir).expanduser())
         else:
             runs.log_offline_without_key(config)
         runs.drop_callbacks(config)

@@ -25,18 +25,19 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from .. import geotiff
 from ..architectures.unet import OverlapTile, UNet
 from ..base import SegmentationModule
 from ..checkpoints import compare_bands, load_trained, read
 from ..errors import UserError
 from ..inference import SlidingWindow, Tiled, Whole
+from ..outputs import exists, identities, replacing, writable
 from ..pictures import palette_bytes
 
 CROP = 512  # pixels, side of a window for a model without windows
 TILE = 256  # pixels, side of a tile in the output
 LARGEST = 2**29  # bytes of a strip or tile, which can only be decompressed as a whole
 RGB = {"MINISBLACK": (0, 0, 0), "RGB": (0, 1, 2), "YCBCR": (0, 1, 2)}  # which bands are red, green and blue
-GEOTIFF = (33550, 33922, 34264, 34735, 34736, 34737)  # pixel scale, tie points, transformation; keys and their values
 
 
 def predict_tiff(
@@ -67,6 +68,8 @@ def predict_tiff(
     if image is None:
         raise UserError("no image given: name a TIFF with --image FILE")
     if ckpt_path is not None:
+        if identities(Path(output)) & identities(Path(ckpt_path)):
+            raise UserError(f"{output} is the checkpoint: give another --output")
         load_trained(model, ckpt_path)
         if bands is None:
             bands = model.bands
@@ -100,33 +103,28 @@ def write_labels(
         raise UserError(
             f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
         )
-    if output.exists() and (not overwrite or output.samefile(image)):
+    writable(output.parent)
+    if exists(output) and (not overwrite or identities(output) & identities(image)):
         raise UserError(f"{output} exists already: give another --output, or --overwrite true for an earlier result")
     inference = tiled_inference(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f"{output.name}.part")
     colours = np.frombuffer(palette_bytes(model.palette), np.uint8).reshape(256, 3)
     columns = TextColumn("{task.completed:,.1f} of {task.total:,.1f} Mpx"), TimeRemainingColumn()
-    with tiff, Progress(BarColumn(), *columns) as progress:
-        try:
-            tifffile.imwrite(
-                part,
-                tiles(label_rows(model.eval(), inference, tiff, progress), tiff.height, tiff.width),
-                shape=(tiff.height, tiff.width),
-                dtype=np.uint8,
-                bigtiff=tiff.height * tiff.width > 2**32 - 2**25,  # enough if nothing could be compressed
-                tile=(TILE, TILE),
-                compression="zlib",
-                maxworkers=1,  # else tifffile asks for tiles ahead
-                photometric="palette",
-                colormap=colours.T.astype(np.uint16) * 257,  # 255 becomes 65535
-                description=json.dumps({"class_names": model.class_names}),
-                metadata=None,
-                extratags=tiff.place,
-            )
-            part.replace(output)
-        finally:
-            part.unlink(missing_ok=True)
+    with tiff, Progress(BarColumn(), *columns) as progress, replacing(output) as part:
+        tifffile.imwrite(
+            part,
+            tiles(label_rows(model.eval(), inference, tiff, progress), tiff.height, tiff.width),
+            shape=(tiff.height, tiff.width),
+            dtype=np.uint8,
+            bigtiff=tiff.height * tiff.width > 2**32 - 2**25,  # enough if nothing could be compressed
+            tile=(TILE, TILE),
+            compression="zlib",
+            maxworkers=1,  # else tifffile asks for tiles ahead
+            photometric="palette",
+            colormap=colours.T.astype(np.uint16) * 257,  # 255 becomes 65535
+            description=json.dumps({"class_names": model.class_names}),
+            metadata=None,
+            extratags=tiff.place,
+        )
     print(f"labels       {output}")
 
 
@@ -213,8 +211,7 @@ class TiffReader:
             self.series: Any = self.file.series[0]
             self.page: Any = self.series.keyframe
         self.height, self.width = int(self.page.imagelength), int(self.page.imagewidth)
-        tags = (self.page.tags.get(code) for code in GEOTIFF)
-        self.place = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in tags if tag is not None]
+        self.place = geotiff.tags_of(self.page)
         if len(self.series.shape) > 3:
             raise UserError(f"{path} holds {self.series.shape} values: two sides and one axis of bands are needed")
         count = int(np.prod(self.series.shape)) // (self.height * self.width)
