@@ -10,6 +10,7 @@ from .decode import Sample
 from .folder import Folder
 from .isbi_em import ISBIEM
 from .oxford_pets import OxfordPets
+from .polygons import Polygons
 from .recycling import Recycling
 from .synthetic_cells import SyntheticCells
 from .synthetic_scenes import SyntheticScenes
@@ -25,6 +26,7 @@ __all__ = [
     "Cityscapes",
     "Folder",
     "OxfordPets",
+    "Polygons",
     "Recycling",
     "Sample",
     "SegmentationDataModule",

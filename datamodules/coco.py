@@ -1,21 +1,13 @@
 """COCO: objects in context. T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from .base import SegmentationDataModule, voc_palette
-from .decode import Sample, decoding, read_image
+from .decode import Sample
 from .download import Archive
 from .errors import UserError
 from .files import folder_of
-from .transforms import IGNORE
+from .polygons import Polygons
 
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -33,68 +25,7 @@ VOC_CLASSES = (  # in the order of PASCAL VOC
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class CocoSample(Sample):
-    """An image whose objects are polygons or run-length codes.
-
-    Args:
-        size: height and width in pixels, as stated in the annotations.
-        objects: label and segmentation (JSON text) of each object; later objects lie on top of earlier ones.
-        ignore_overlap: whether to ignore pixels that belong to two objects.
-    """
-
-    size: tuple[int, int] = (0, 0)
-    objects: tuple[tuple[int, str], ...] = ()
-    ignore_overlap: bool = False
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Decode the image ``(3, H, W)`` and draw the mask ``(H, W)``, both uint8.
-
-        Raises:
-            UserError: if the image cannot be decoded, or an object cannot be drawn.
-        """
-        assert self.image is not None
-        image = read_image(self.image)
-        if image.shape[1:] == self.size[::-1] != self.size:  # annotated before EXIF turned it
-            image = read_image(self.image, upright=False)
-        labels, times = np.zeros(self.size, np.uint8), np.zeros(self.size, np.uint8)
-        for label, text in self.objects:
-            with decoding(self.image, f"{self.size[1]} x {self.size[0]} pixels with objects"):
-                inside = draw(json.loads(text), *self.size)
-            labels[inside] = label
-            times += inside
-        if self.ignore_overlap:
-            labels[times > 1] = IGNORE
-        return image, torch.from_numpy(labels)
-
-
-def draw(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Draw the pixels of one object.
-
-    Args:
-        segmentation: polygons ``[[x, y, x, y, ...], ...]``, or a run-length code ``{size, counts}`` whose counts are a
-            list or compressed text.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-
-    Returns:
-        bool ``(height, width)``.
-    """
-    from pycocotools import mask as rle  # only COCO's format needs it
-
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
-        codes = [segmentation]
-    elif isinstance(segmentation, dict):
-        codes = [rle.frPyObjects(segmentation, height, width)]
-    else:
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a line has no area
-        codes = rle.frPyObjects(polygons, height, width) if polygons else []
-    if not codes:
-        return np.zeros((height, width), bool)
-    return rle.decode(rle.merge(codes)).astype(bool)
-
-
-class COCO(SegmentationDataModule):
+class COCO(Polygons):
     """Photographs with outlined objects; pixels outside all objects are ``background``.
 
     Layout::
@@ -139,15 +70,16 @@ class COCO(SegmentationDataModule):
         test_split: str = "val",
         **kwargs: Any,
     ) -> None:
-        super().__init__(root, test_split=test_split, **kwargs)
         named = {"voc": VOC_CLASSES, "all": self.known}
         kept = named[classes] if isinstance(classes, str) and classes in named else classes
         unknown = [name for name in ([kept] if isinstance(kept, str) else kept) if name not in self.known]
         if unknown:
             raise UserError(f"COCO has no class '{unknown[0]}': set data.classes to voc, all, or names of its classes")
-        self.class_names = ("background", *kept)
-        self.palette = voc_palette(self.num_classes)
-        self.ignore_overlap, self.min_area = classes == "voc", min_area
+        super().__init__(
+            root, None, "", kept, ignore_overlap=classes == "voc", val_fraction=0, test_fraction=0,
+            test_split=test_split, **kwargs,
+        )  # fmt: skip
+        self.min_area = min_area
 
     def samples(self, split: str) -> list[Sample]:
         """List the images in the annotations of a split.
@@ -158,44 +90,3 @@ class COCO(SegmentationDataModule):
         root = folder_of(self.root, f"train2017/, val2017/ and annotations/ ({self.source})")
         min_area = self.min_area if split == "train" else 0.0
         return self.annotated(root / f"annotations/instances_{split}2017.json", root / f"{split}2017", min_area)
-
-    def annotated(self, file: Path, images: Path, min_area: float = 0.0) -> list[Sample]:
-        """Read annotations, and sort the objects of each image so that the smaller lies on top.
-
-        Args:
-            file: annotations in COCO's format.
-            images: folder to which the paths of the images are relative.
-            min_area: images are left out if their kept objects do not cover more pixels; 0 keeps all images.
-
-        Raises:
-            UserError: if the file is missing or not in COCO's format, or lacks a class.
-        """
-        if not file.is_file():
-            raise UserError(f"the file of annotations {file} does not exist: put it there, or correct data.root")
-        with decoding(file, "annotations in COCO's format"):
-            content = json.loads(file.read_bytes())
-            ids = {category["name"]: category["id"] for category in content["categories"]}
-            missing = [name for name in self.class_names[1:] if name not in ids]
-            if missing:
-                raise UserError(
-                    f"no category '{missing[0]}' among {', '.join(ids)}; name categories of this file in data.classes"
-                )
-            label_of = {ids[name]: label for label, name in enumerate(self.class_names) if label}
-            objects: dict[int, list[tuple[float, int, str]]] = {}
-            for thing in content["annotations"]:
-                label = label_of.get(thing["category_id"])
-                if label is not None and thing.get("segmentation"):
-                    entry = (-float(thing["area"]), label, json.dumps(thing["segmentation"]))
-                    objects.setdefault(thing["image_id"], []).append(entry)
-            return [
-                CocoSample(
-                    name=Path(image["file_name"]).with_suffix("").as_posix(),
-                    image=images / image["file_name"],
-                    size=(image["height"], image["width"]),
-                    objects=tuple((label, text) for _, label, text in sorted(found)),
-                    ignore_overlap=self.ignore_overlap,
-                )
-                for image in sorted(content["images"], key=lambda image: image["file_name"])
-                for found in [objects.get(image["id"], [])]
-                if not min_area or -sum(area for area, _, _ in found) > min_area
-            ]

@@ -7,9 +7,9 @@ for Litter Detection", 2020, arXiv 2003.06975.
 from collections.abc import Sequence
 from typing import Any
 
-from .coco import COCO
 from .decode import Sample
 from .files import folder_of, split_by_hash
+from .polygons import Polygons
 
 CLASSES = (
     "General trash", "Paper", "Paper pack", "Metal", "Glass", "Plastic", "Styrofoam", "Plastic bag", "Battery",
@@ -17,7 +17,7 @@ CLASSES = (
 )  # fmt: skip
 
 
-class Recycling(COCO):
+class Recycling(Polygons):
     """Photographs of trash in ten classes and background; the smaller of two overlapping objects lies on top.
 
     Layout of the challenge, and of TACO, whose one file is divided into splits by a hash of the names::
@@ -41,8 +41,6 @@ class Recycling(COCO):
     licence = "CC BY 2.0 (challenge), CC BY 4.0 (TACO, most photographs)"
     citation = "NAVER Connect Foundation, 2021; Proença, Simões, arXiv 2003.06975"
     disk = "3,272 images of 512 x 512 pixels; TACO: 1,500 photographs"
-    expected_counts = {}
-    archives = ()
 
     def __init__(
         self,
@@ -53,9 +51,10 @@ class Recycling(COCO):
         test_split: str = "val",
         **kwargs: Any,
     ) -> None:
-        self.known = tuple(classes)
-        super().__init__(root, classes, min_area=0, test_split=test_split, **kwargs)
-        self.fractions = (val_fraction, test_fraction)
+        super().__init__(
+            root, None, "", classes, val_fraction=val_fraction, test_fraction=test_fraction, test_split=test_split,
+            **kwargs,
+        )  # fmt: skip
 
     def samples(self, split: str) -> list[Sample]:
         """Read the JSON file of a split, or divide the one that holds all images.

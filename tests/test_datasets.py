@@ -318,7 +318,7 @@ def draw_coco(root: Path) -> None:
 
 @pytest.mark.parametrize("form", [as_polygon, as_counts, as_text])
 def test_coco_draws_all_forms_alike(form):
-    from datamodules.coco import draw
+    from datamodules.polygons import draw
 
     box = (3, 4, 20, 31)
     assert np.array_equal(draw(form(*box), HEIGHT, WIDTH), rectangle(*box))
