@@ -127,6 +127,7 @@ class SegmentationDataModule(L.LightningDataModule):
         if max_class_share < 1 and crop_size is None:
             raise UserError(f"data.max_class_share {max_class_share} chooses crops: set data.crop_size too")
         self.root = None if root is None else Path(root).expanduser()
+        self.root_as_given = root  # reports show it: with ~, no name of a home folder
         self.predict_dir = None if predict_dir is None else Path(predict_dir).expanduser()
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.crop_size, self.scale_range, self.flip, self.color_jitter = crop_size, scale_range, flip, color_jitter
@@ -157,6 +158,10 @@ class SegmentationDataModule(L.LightningDataModule):
 
         A file without a partner is listed too, with a path that does not exist in place of the partner's.
         """
+        if type(self) is SegmentationDataModule:
+            raise UserError(
+                "no data set is named: add --data CLASS, such as --data Folder for your own images and masks"
+            )
         raise NotImplementedError(f"{type(self).__name__} does not override samples()")
 
     def prepare_data(self) -> None:

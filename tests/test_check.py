@@ -1,5 +1,6 @@
 """The data doctor: a clean tree passes, and every defect is found and named."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, config, draw_tree, lightning
+from conftest import CLASSES, config, draw_pair, draw_tree, lightning
 from PIL import Image
 
-from datamodules import Folder, Sample, SyntheticScenes
+from datamodules import Folder, Sample, SegmentationDataModule, SyntheticScenes
 from datamodules.check import examine, median_frequency
-from datamodules.check.facts import look_at
-from datamodules.check.page import page_html
+from datamodules.check.facts import Facts, look_at
+from datamodules.check.fix import place
+from datamodules.check.page import page_html, report
 from datamodules.check.suggest import yaml_block
+from datamodules.errors import UserError
 from segmentation.cli import main
 
 COUNTS = {"train": 6, "val": 3, "test": 2}
@@ -58,6 +61,13 @@ def copy(source: Path, target: Path) -> None:
 def resize(root: Path, name: str, size: tuple[int, int]) -> None:
     for path in root.glob(f"*/{name}.*"):
         Image.open(path).resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def draw_labels(i: int) -> np.ndarray:
+    """Return the labels of the i-th training mask as `colored` shows them: ignored pixels are ground."""
+    labels = draw_pair(i)[1]
+    labels[:2] = 0
+    return labels
 
 
 COLORS = np.array([[0, 0, 0], [200, 0, 0], [0, 0, 200]], np.uint8)
@@ -152,7 +162,7 @@ CASES = {
     "16 bits": (
         lambda r: ((r / "images/val/02.jpg").unlink(),
                    save(r / "images/val/02.png", np.arange(48 * 64, dtype=np.uint16).reshape(48, 64))),
-        {}, "note", ["1 image of more than 8 bits, read as 8", "data.bands"], "images/val/02.png",
+        {}, "note", ["1 image of more than 8 bits, read as 8"], "images/val/02.png",
     ),
     "different types": (
         lambda r: ((r / "images/val/02.jpg").unlink(),
@@ -259,15 +269,116 @@ def test_a_broken_tree_is_found_out(tmp_path, name):
     Folder(**block["data"]["init_args"])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_fit_says_what_the_doctor_says(tmp_path, name, caplog):
+    """An error ends `setup` in the doctor's words, and each warning is one line; doubles are found by hash alone."""
+    spoil, arguments, *_ = CASES[name]
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    if spoil is not None:
+        spoil(root)
+    found = examine(folder(root, test_split="val", **arguments), workers=2)
+    errors = [str(f) for f in found.findings if f.severity == "error"]
+    doubles = ("LEAK", "once in one split", "with different masks")
+    warnings = [f for f in found.findings if f.severity == "warning" and not any(d in f.text for d in doubles)]
+    caplog.clear()
+    data = folder(root, **arguments)
+    if errors:
+        with pytest.raises(UserError) as caught:
+            data.setup("fit")
+        assert str(caught.value).startswith(errors[0].partition(" (and")[0].partition(". The")[0])
+    else:
+        data.setup("fit")
+        said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("warning: ")]
+        assert said == [f"warning: {w}" for w in warnings]
+
+
+def advised(text: str) -> list[dict]:
+    """Return what a sentence says to set, as arguments of `Folder`."""
+    found = re.findall(r"data\.(\w+): (\{.*?\}|\[\[.*?\]\]|\[.*?\]|\w+)", text)
+    return [{key: yaml.safe_load(value)} for key, value in found]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_sentence_advises_to_set_works(tmp_path, name):
+    spoil, arguments, severity, words, _ = CASES[name]
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    if spoil is not None:
+        spoil(root)
+    found = examine(folder(root, **arguments), workers=2)
+    (finding,) = [f for f in found.findings if all(word in str(f) for word in words)]
+    for setting in advised(finding.advice):
+        mended = examine(folder(root, **arguments | setting), workers=2)
+        texts = [f.text for f in mended.findings if f.severity == "error"]
+        assert finding.text not in texts + [f.text for f in mended.findings if severity != "error"], setting
+        # ignoring all that is not background leaves nothing to learn, and this is said
+        assert not texts or (setting == {"void_values": [255]} and "nothing to learn" in texts[0]), texts
+
+
+def test_advice_is_there_to_be_tried():
+    assert advised("set data.label_map: {0: 0, 255: 1}; or data.void_values: [3, 7], data.eval_batch_size: 1") == [
+        {"label_map": {0: 0, 255: 1}}, {"void_values": [3, 7]}, {"eval_batch_size": 1}]  # fmt: skip
+
+
+def mixed(root: Path) -> Path:
+    """Save the masks of every other pair as 0 and 255, of the others as 0 and 1."""
+    for i, path in enumerate(sorted(root.glob("masks/*/*.png"))):
+        save(path, ((labels_of(root, f"{path.parent.name}/{path.stem}") == 1) * (255 if i % 2 else 1)).astype(np.uint8))
+    return root
+
+
+def test_masks_of_0_and_1_among_masks_of_0_and_255_are_refused_with_two_ways_out(tmp_path):
+    root = mixed(draw_tree(tmp_path / "tree", COUNTS))
+    with pytest.raises(UserError) as caught:
+        folder(root, class_names=["a", "b"]).setup("fit")
+    text = str(caught.value)
+    assert re.match(r"4 masks of 0 and 255 among 5 masks of 0 and 1: \S+01\.png, \S+03\.png", text)
+    label_map, void_values = advised(text)
+    counts = {}
+    for setting in (label_map, void_values):
+        data = folder(root, class_names=["a", "b"], **setting)
+        assert not examine(data).failed
+        data.setup("fit")
+        masks = torch.stack([data.datasets["train"].read(i)[1] for i in range(6)])
+        counts[next(iter(setting))] = [int((masks == value).sum()) for value in (0, 1, 255)]
+    stored = np.stack([np.array(Image.open(path)) for path in sorted(root.glob("masks/train/*"))])
+    assert counts["label_map"] == [(stored == 0).sum(), (stored > 0).sum(), 0]
+    assert counts["void_values"] == [(stored == 0).sum(), (stored == 1).sum(), (stored == 255).sum()]
+
+
+def test_255_around_objects_is_no_error(tmp_path):
+    """One mask without an object holds 0 and 255 only, as masks with a border do: a line asks to look at it."""
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: np.where(mask == 2, 0, mask).astype(np.uint8))
+    empty = np.zeros((48, 64), np.uint8)
+    empty[:2] = 255
+    save(root / "masks/train/04.png", empty)
+    found = examine(folder(root, class_names=["a", "b"]))
+    assert not found.failed and any("1 mask of 0 and 255 among 10 masks" in f.text for f in found.findings)
+    assert not any(
+        "255 among" in f.text for f in examine(folder(root, class_names=["a", "b"], void_values=[255])).findings
+    )
+
+
+def test_few_files_prove_no_absence(tmp_path):
+    """With `check` below the number of files, nothing is said of classes that the others may hold."""
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: np.full_like(mask, 255))
+    save(root / "masks/train/03.png", np.eye(48, 64, dtype=np.uint8))
+    folder(root, check=2).setup("fit")
+    with pytest.raises(UserError, match=r"1 file without a partner.*val/01"):
+        (root / "masks/val/01.png").unlink()  # found without being decoded
+        folder(root, check=1).setup("fit")
+
+
 def test_a_clean_tree_is_ready(tree, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["check_data", "--config", str(config(tmp_path, tree))])  # no SystemExit: status 0
     printed = capsys.readouterr().out
     assert "Ready to train." in printed and "error:" not in printed and "warning:" not in printed
-    page = (tmp_path / "check_data/Folder/index.html").read_text()
+    page = (tmp_path / "check_data" / tree.name / "index.html").read_text()
     assert "Ready to train." in page and page.count("data:image/png;base64") == 9
     assert all(name in page for name in CLASSES) and "num_classes: 3" in page
-    found = yaml.safe_load((tmp_path / "check_data/Folder/found.yaml").read_text())
+    found = yaml.safe_load((tmp_path / "check_data" / tree.name / "found.yaml").read_text())
     assert found == yaml.safe_load(printed.partition("\n\nmodel:")[2].partition("\n\n")[0].join(["model:", ""]))
     assert found["data"]["init_args"]["crop_size"] == [32, 32]
     assert found["data"]["init_args"]["palette"] == [[10, 20, 30], [200, 0, 0], [0, 0, 200]]
@@ -415,6 +526,123 @@ def test_the_page_escapes_names(tmp_path):
     assert "<b>&" not in page and "&lt;b&gt;&amp;.jpg" in page and "&lt;i&gt;" in page and "<i>" not in page
 
 
+def tree_of(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_hostile_names_stay_text(tmp_path, monkeypatch, capsys):
+    """A name with markup runs nothing, one that is no UTF-8 stops nothing, and none moves the terminal's cursor."""
+    monkeypatch.chdir(tmp_path)
+    root = draw_tree(Path("tree"), COUNTS)
+    names = ["<img src=x onerror=alert(1)>", os.fsdecode(b"caf\xe9"), "a\x1b[2Jb", "{{ 7 * 7 }}"]
+    for old, new in zip(("00", "01", "02", "03"), names, strict=True):
+        (root / f"images/train/{old}.jpg").rename(root / f"images/train/{new}.jpg")
+        (root / f"masks/train/{old}.png").unlink()
+    with pytest.raises(SystemExit):
+        main(["check_data", "--data", "Folder", "--data.root", "tree", "--data.class_names", "[<b>x, disc, bar]"])
+    page, printed = Path("check_data/tree/index.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;.jpg" in page and "<b>x" not in page
+    assert "caf\\udce9.jpg" in page and "{{ 7 * 7 }}" in page and "\x1b[2J" not in page + printed
+    assert str(tmp_path) not in page and "images/train" in page
+    with pytest.raises(UserError, match="4 files without a partner"):
+        folder(root).setup("fit")
+
+
+def test_the_page_shows_the_home_folder_as_the_user_wrote_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    truncate(root / "images/train/02.jpg")
+    found = examine(folder("~/tree"))
+    page = page_html(found)
+    assert found.failed and str(tmp_path) not in page and "~/tree/images/train/02.jpg" in page
+
+
+def test_250_classes_fit_on_the_page_and_in_the_terminal(tmp_path, capsys):
+    root = draw_tree(tmp_path / "tree", {"train": 2, "val": 1})
+    for path in root.glob("masks/*/*.png"):
+        save(path, np.arange(48 * 64).reshape(48, 64).astype(np.uint8) % 250)
+    found = examine(folder(root, class_names=[f"c{k}" for k in range(250)], batch_size=2, test_split="val"))
+    report(found, tmp_path / "out")
+    page, printed = (tmp_path / "out/index.html").read_text(), capsys.readouterr().out
+    assert (
+        not found.failed
+        and "220 more" in printed
+        and all(f">c{k}</td>" in page.replace("</i>", ">") for k in range(250))
+    )
+
+
+def test_classes_named_by_colours_are_to_be_renamed(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, colored)
+    found = examine(Folder(root, batch_size=4))
+    (finding,) = [f for f in found.findings if "named after their colours" in f.text]
+    assert finding.severity == "note" and "3 classes" in str(finding) and "#000000" in str(finding)
+    block = yaml.safe_load(yaml_block(found))["data"]["init_args"] | {"class_names": ["sky", "sea", "sun"]}
+    again = examine(Folder(root, batch_size=4, **block))
+    assert not again.failed and not any("named after" in f.text for f in again.findings)
+    assert again.pixels["train"].tolist() == found.pixels["train"].tolist()
+
+
+def test_check_data_never_writes_into_the_data(tmp_path, monkeypatch, capsys):
+    root = draw_tree(tmp_path / "tree", {"train": 4, "val": 1})
+    before = tree_of(root)
+    base = ["check_data", "--data", "Folder", "--data.root", ".", "--data.class_names", "[ground, disc, bar]"]
+    base += ["--data.test_split", "val", "--data.batch_size", "4"]
+    monkeypatch.chdir(root)
+    for options in ([], ["--output_dir", "../out", "--fix", "fixed"], ["--output_dir", "images/../x"]):
+        with pytest.raises(SystemExit) as status:
+            main([*base, *options])
+        assert status.value.code == 1 and "lies inside the data" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*base, "--output_dir", "../out", "--fix", "../full"])
+    assert "full is not empty" in capsys.readouterr().err
+    main([*base, "--output_dir", "../out"])
+    assert (tmp_path / "out/tree/index.html").is_file() and tree_of(root) == before
+
+
+def test_no_data_set_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no data set is named: add --data CLASS"):
+        examine(SegmentationDataModule("somewhere"))
+
+
+def test_fix_writes_a_copy_that_is_ready(tmp_path, monkeypatch, capsys):
+    """A mask of half the size, a turned image with an unturned mask, colours: mended; a damaged file: left out."""
+    monkeypatch.chdir(tmp_path)
+    root = draw_tree(Path("tree"), COUNTS)
+    each_mask(root, colored)
+    expected = {i: np.array([0, 2, 1])[draw_labels(i)] for i in (0, 1, 2)}  # colours are classes in the order of RGB
+    small = Image.open(root / "masks/train/00.png")
+    small.resize((32, 24), Image.Resampling.NEAREST).save(root / "masks/train/00.png")
+    rotated(root / "images/train/01.jpg", 6)
+    truncate(root / "images/train/05.jpg")
+    before = tree_of(root)
+    data = ["check_data", "--data", "Folder", "--data.batch_size", "4", "--data.crop_size", "32"]
+    main([*data, "--data.root", "tree", "--fix", "mended"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "10 pairs written into mended" in printed and "masks scaled to the size of their image: 1" in printed
+    assert "masks turned by the EXIF orientation of their image: 1" in printed and "05.jpg" in printed
+    assert tree_of(root) == before
+    main([*data, "--data.root", "mended"])  # no SystemExit: status 0
+    assert "Ready to train" in capsys.readouterr().out
+    copied = Folder("mended", batch_size=4, crop_size=32)
+    copied.setup("fit")
+    images, masks = zip(*(copied.datasets["train"].read(i) for i in range(5)), strict=True)
+    assert np.array_equal(masks[2].numpy(), expected[2])
+    assert np.array_equal(masks[1].numpy(), np.rot90(expected[1], -1)) and images[1].shape == (3, 64, 48)
+    assert masks[0].shape == (48, 64) and (masks[0].numpy() == expected[0]).mean() > 0.95
+    assert np.array_equal(images[2].numpy(), np.array(Image.open(root / "images/train/02.jpg")).transpose(2, 0, 1))
+    assert {Image.open(p).mode for p in Path("mended").glob("masks/*/*.png")} == {"P"}
+
+
+@pytest.mark.parametrize("name", ["../../up", "/etc/passwd", "a/../../b", "..", "C:/x", "deep/er/name.with.dots"])
+def test_a_name_decides_no_folder_of_the_copy(tmp_path, name):
+    path = place(tmp_path / "copy", "masks", Facts("train", Sample(name)), ".png")
+    assert path.resolve().is_relative_to((tmp_path / "copy/masks/train").resolve()) and path.suffix == ".png"
+
+
 def test_sizes_are_drawn(tmp_path):
     root = draw_tree(tmp_path / "tree", COUNTS)
     resize(root, "train/01", (32, 40))
@@ -431,7 +659,7 @@ def test_the_command_fails_where_training_would(tree, tmp_path, monkeypatch, cap
     assert status.value.code == 1
     printed = capsys.readouterr().out
     assert "Training would fail: nothing names the classes" in printed
-    assert (tmp_path / "out/Folder/index.html").is_file()
+    assert (tmp_path / "out" / tree.name / "index.html").is_file()
     with pytest.raises(SystemExit) as status:
         main(["check_data", "--data", "Folder", "--data.root", str(tmp_path / "nowhere")])
     assert status.value.code == 1
@@ -449,9 +677,9 @@ def test_a_process_of_its_own_mends_a_config(tmp_path):
     file = config(tmp_path, root, class_names="class_names: [a, b]", palette="palette: null")
     file.write_text(file.read_text() + "ckpt_path: gone.ckpt\nweights_only: null\n")
     done = lightning("check_data", "--config", file, cwd=tmp_path)
-    assert done.returncode == 1 and "Training would fail: the training masks hold 0 and 255 only" in done.stdout
+    assert done.returncode == 1 and "Training would fail: the masks hold 0 and 255 only" in done.stdout
     assert "Traceback" not in done.stderr
-    more = tmp_path / "check_data/Folder/found.yaml"
+    more = tmp_path / "check_data/tree/found.yaml"
     done = lightning("check_data", "--config", file, "--config", more, cwd=tmp_path)
     assert done.returncode == 0 and "Ready to train" in done.stdout, done.stdout + done.stderr
     assert not (tmp_path / "logs").exists()

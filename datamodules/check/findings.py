@@ -1,5 +1,6 @@
 """What the data doctor finds: rules that look at the facts of all samples and yield `Finding`s."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,11 +41,11 @@ class Finding:
     @property
     def files(self) -> list[str]:
         """The files that the finding is about."""
-        return [facts.file(self.mask) for facts in self.facts]
+        return [printable(facts.file(self.mask)) for facts in self.facts]
 
     def __str__(self) -> str:
         detail = self.detail or (and_more(self.files[0], len(self.facts)) if self.facts else "")
-        return self.text + (f": {detail}" if detail else "") + (f". {self.advice}" if self.advice else "")
+        return printable(self.text + (f": {detail}" if detail else "") + (f". {self.advice}" if self.advice else ""))
 
 
 @dataclass
@@ -88,6 +89,11 @@ class Examination:
         """Return the facts of a split's samples."""
         return [facts for facts in self.facts if facts.split == split]
 
+    def as_given(self, text: object) -> str:
+        """Return a text that shows the root as the user gave it, so with ``~`` and not with the home folder."""
+        root, given = str(self.given.root), str(self.given.root_as_given)
+        return str(text) if self.given.root is None or given[:1] != "~" else str(text).replace(root, given)
+
     def shares(self, split: str) -> np.ndarray:
         """Return the share of each class in a split's labelled pixels, ``(K,)``; 0 if nothing is labelled."""
         labelled = self.pixels[split][:-2]
@@ -108,6 +114,11 @@ class Examination:
             return f"{'Training' if fatal else 'The test'} would fail: {(fatal or errors)[0]}.{more}"
         warnings = sum(finding.severity == "warning" for finding in self.findings)
         return "Ready to train" + (f", with {count(warnings, 'thing')} to look at." if warnings else ".")
+
+
+def printable(text: object) -> str:
+    """Write characters that no terminal shows, such as a name's bytes that are no UTF-8, as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def count(number: int, what: str) -> str:
@@ -153,7 +164,7 @@ def in_files(found: Examination) -> Iterator[Finding]:
     if bad := [f for f in read if f.constant]:
         yield Finding("warning", f"{count(len(bad), 'image')} of one single colour", bad)
     if bad := [f for f in read if f.mode[:1] in "IF" and f.dtype == "uint8"]:
-        advice = "To read all bits, set data.bands: [0]"
+        advice = "To read all bits, set data.bands: [0]" if len(bad) == len(read) else ""
         yield Finding("note", f"{count(len(bad), 'image')} of more than 8 bits, read as 8", bad, advice=advice)
 
 
@@ -229,6 +240,16 @@ def in_colors(found: Examination) -> Iterator[Finding]:
         yield Finding("warning", text, bad, mask=True, advice=advice)
 
 
+def in_names(found: Examination) -> Iterator[Finding]:
+    """Find classes that are named after their colours, as `Folder` does where nothing else names them."""
+    if named := [str(name) for name in found.given.class_names if re.fullmatch("#[0-9a-f]{6}", str(name))]:
+        text = (
+            f"{len(named)} class{'es are' if len(named) > 1 else ' is'} named after their colours, such as {named[0]}"
+        )
+        advice = "Rename them in data.class_names of the block below, which names the colours in data.palette"
+        yield Finding("note", text, advice=advice)
+
+
 def found_colors(facts: Sequence[Facts]) -> Counter[Color]:
     """Count the pixels of each colour that has no class."""
     colors = Counter[Color]()
@@ -281,7 +302,7 @@ def in_training(found: Examination) -> Iterator[Finding]:
     absent = [k for k, n in enumerate(val) if train[k] and not n]
     if absent and val.any():
         yield Finding("note", f"{listing(names, absent)} never in 'val', so not in val/miou")
-    present = np.flatnonzero(train)
+    present = np.flatnonzero(train) if train.any() else np.arange(1)
     rare, large = int(present[train[present].argmin()]), int(train.argmax())
     if train[large] > UNEQUAL * train[rare] and not found.given.border_weight:
         few, much = (f"{names[k]} {percent(train[k] / train.sum())}" for k in (rare, large))
@@ -377,4 +398,4 @@ def in_contents(found: Examination) -> Iterator[Finding]:
             yield Finding("warning", text.format(count(len(kept), "picture")), some, detail=detail)
 
 
-RULES = (in_files, in_values, in_255, in_colors, in_classes, in_sizes, in_modes, in_memory, in_contents)
+RULES = (in_files, in_values, in_255, in_colors, in_names, in_classes, in_sizes, in_modes, in_memory, in_contents)
