@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -14,7 +14,7 @@ from .errors import UserError
 from .inference import Inference, Whole, evaluate, resize
 from .losses import CrossEntropy, batch_norm_errors, finite_sum
 from .metrics import ConfusionMatrix, confusion_metrics
-from .optimizer import configure, frozen_norms, sgd
+from .optimizer import Plateau, Schedule, configure, frozen_norms, sgd
 
 Batch = dict[str, Any]
 
@@ -36,7 +36,7 @@ class SegmentationModule(L.LightningModule):
         class_weights: one factor per class for the default loss.
         optimizer: builds the optimizer from parameter groups, whose ``lr_mult`` scales its learning rate.
         lr_scheduler: builds a scheduler from the optimizer; None is poly, lr * (1 - step / steps) ** lr_power.
-        lr_interval: when `lr_scheduler` steps, after each ``step`` or ``epoch``.
+        lr_interval: when `lr_scheduler` steps, after each ``step`` or ``epoch``; ReduceLROnPlateau after a validation.
         lr_power: exponent of poly.
         warmup_steps: optimizer steps over which poly grows linearly from 0.
         head_lr_mult: factor on the learning rate of `new_layers`; 10 in DeepLab.
@@ -66,7 +66,7 @@ class SegmentationModule(L.LightningModule):
         loss: nn.Module | None = None,
         class_weights: Sequence[float] | None = None,
         optimizer: OptimizerCallable = sgd,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Plateau | Schedule | None = None,
         lr_interval: Literal["step", "epoch"] = "step",
         lr_power: float = 0.9,
         warmup_steps: int = 0,

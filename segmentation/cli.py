@@ -25,7 +25,15 @@ from .parser import KEPT, OWN, Parser, Trainer, unused, version, with_checkpoint
 
 
 class Failed(BaseException):
-    """An exception that a constructor has raised, as the cause of this one, which passes the parser unchanged."""
+    """An exception that a constructor has raised, as the cause of this one, which passes the parser unchanged.
+
+    Args:
+        cls: the constructor's class.
+    """
+
+    def __init__(self, cls: type) -> None:
+        super().__init__(cls)
+        self.cls = cls
 
 
 def built(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +41,7 @@ def built(cls: type, *args: Any, **kwargs: Any) -> Any:
     try:
         return cls(*args, **kwargs)
     except Exception as error:
-        raise Failed from error
+        raise Failed(cls) from error
 
 
 class CLI(LightningCLI):
@@ -93,6 +101,7 @@ class CLI(LightningCLI):
         """Settle what depends on earlier runs and on the W&B key, before anything is built."""
         config = self.config[self.subcommand]
         runs.settle(config)
+        runs.check_modes(config)
         runs.find_checkpoint(config)
         if self.subcommand in ("validate", "test", "predict", "predict_tiff"):
             runs.say_random(config)
@@ -140,14 +149,15 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     error: BaseException
+    cls = None
     try:
         CLI(None if args is None else list(args))
         return
     except Failed as failed:
-        error = failed.__cause__ or failed
+        error, cls = failed.__cause__ or failed, failed.cls
     except Exception as other:
         error = other
-    message = sentence(error, (UserError, datamodules.errors.UserError))
+    message = sentence(error, (UserError, datamodules.errors.UserError), cls)
     if message is None:
         raise error
     sys.stderr.write(f"error: {message}\n")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from . import checkpoints, weights
 from .errors import UserError
+from .optimizer import better
 
 DEFAULTS = str(Path(__file__).with_name("run.yaml"))  # how every run is logged, saved and drawn
 
@@ -46,6 +47,23 @@ def settle(config: Namespace) -> None:
         if version is not None and earlier.exists():
             rank_zero_info(f"{earlier} holds an earlier run: this one gets a new version folder")
             logger.init_args.version = None
+
+
+def check_modes(config: Namespace) -> None:
+    """Check that no callback takes a metric's worst value for its best, as ModelCheckpoint's default mode does.
+
+    Raises:
+        UserError: if a callback watches a loss in the mode max, or another metric of a split in the mode min.
+    """
+    for callback in config.trainer.callbacks or []:
+        given = callback.init_args if hasattr(callback, "init_args") else Namespace()
+        metric, mode = given.get("monitor"), given.get("mode")
+        known = isinstance(metric, str) and metric.startswith(("train/", "val/", "test/"))
+        if known and mode in ("min", "max") and mode != better(metric):
+            raise UserError(
+                f"{callback.class_path.rpartition('.')[2]} watches {metric} in the mode {mode}, which takes its worst "
+                f"value for the best: set mode: {better(metric)}"
+            )
 
 
 def drop_callbacks(config: Namespace) -> None:

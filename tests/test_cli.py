@@ -1,6 +1,7 @@
 """The command line itself: whose mistake an error is, help, names of runs, and what a command accepts and ignores."""
 
 import configparser
+import importlib.util
 import subprocess
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import datamodules.errors
 import segmentation.errors
 from segmentation import checkpoints, cli
+from segmentation.messages import sentence
 from segmentation.parser import OWN
 
 LIGHTNING = ["fit", "validate", "test", "predict"]
@@ -264,3 +266,56 @@ def test_a_run_without_a_config_leaves_all_that_a_run_leaves(tmp_path):
     assert len(saved["trainer"]["callbacks"]) == 5 and list((run / "pictures").iterdir())
     succeed("test", "--config", run / "config.yaml", "--ckpt_path", "best", cwd=tmp_path)
     assert (run.parent / "version_1/report.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--data.crop_size", "abc"], "crop_size is abc, but must be one of int, tuple[int, int], null"),
+        (["--data.class_names", "[yes, no]"], "class_names is [True, False], but must be one of Sequence[str], null; "),
+        (["--data.class_names", "[yes, no]"], "Expected a <class 'str'>. Got value: True"),
+        (["--trainer.precision", "17"], "'64-true'], Literal['64', '32', '16', 'bf16'], null"),
+        (["--trainer.logger", "nowhere.Logger"], "trainer.logger: Problem with given class_path 'nowhere.Logger': No "),
+        (["--model.lr_scheduler", "StepLR"], "step_size is missing: a class needs it, as in --KEY CLASS --KEY.step_si"),
+    ],
+)
+def test_no_part_of_a_reason_is_cut_off(args, words, capsys):
+    assert words in refused(capsys, "fit", *UNET, *FOLDER, *args)
+
+
+@pytest.mark.parametrize(
+    ("logger", "package", "command"),
+    [
+        ("TensorBoardLogger", "tensorboard", "pip install tensorboard"),
+        ("MLFlowLogger", "mlflow", "pip install 'mlflow>=1.0.0'"),
+        ("CometLogger", "comet-ml", "pip install 'comet-ml>="),
+    ],
+)
+def test_a_missing_package_is_named_with_what_installs_it(logger, package, command, monkeypatch, tmp_path, capsys):
+    if importlib.util.find_spec(package.replace("-", "_")):
+        pytest.skip(f"{package} is installed")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        save_dir = ["--trainer.logger.save_dir", "logs"] if logger == "TensorBoardLogger" else []
+        cli.main(["fit", *UNET, *FOLDER, "--trainer.logger", logger, *save_dir])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1
+    assert said.startswith(f"error: {logger} needs the package {package}, which is not installed: {command}")
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug():
+    assert sentence(ModuleNotFoundError("No module named 'segmentation.x'", name="segmentation.x")) is None
+    said = sentence(ModuleNotFoundError("No module named 'psutil'", name="psutil"))
+    assert said == "this needs the package psutil, which is not installed: pip install psutil"
+
+
+@pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])
+def test_a_callback_that_takes_the_worst_for_the_best_is_refused(callback, parse, monkeypatch, tmp_path, capsys):
+    added = [*UNET, *FOLDER, f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor", "val/miou"]
+    with pytest.raises(SystemExit):
+        cli.main(["fit", *added])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: {callback} watches val/miou in the mode min, which takes its worst value for the best: set mode: max"
+    )
+    assert parse("fit", *added, "--trainer.callbacks.mode", "max").trainer.callbacks[-1].init_args.mode == "max"

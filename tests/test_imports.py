@@ -31,7 +31,7 @@ ROOMS = {
         "geotiff", "outputs", "pictures", "weights", "errors",
     },
     "segmentation/messages": {"errors"},
-    "segmentation/runs": {"checkpoints", "weights", "errors"},
+    "segmentation/runs": {"checkpoints", "optimizer", "weights", "errors"},
     "segmentation/parser": {"checkpoints", "commands", "messages", "errors"},
     "datamodules/errors": set(),
     "datamodules/decode": {"errors"},
