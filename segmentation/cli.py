@@ -67,7 +67,7 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return Lightning's commands and ours, with the parameters that do not come from the command line."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in OWN}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule", "arguments"} for name in OWN}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--trainer``, ``--model`` and ``--data``; a command that lacks what it needs gets an error of ours."""
@@ -131,8 +131,8 @@ class CLI(LightningCLI):
         runs.take_rows(self.trainer.loggers, self.config.fit.ckpt_path)
 
     def check_data(self, model: None, **options: Any) -> None:
-        """Run `check_data` without the model that a LightningCLI hands to every command."""
-        check_data(self.trainer, **options)
+        """Run `check_data` without the model that a LightningCLI hands to every command, and with data's arguments."""
+        check_data(self.trainer, **options, arguments=self.config.check_data.data.as_dict())
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,29 +1,41 @@
-"""The command ``lightning check_data``: would training succeed on this data set?"""
+"""The command ``lightning check_data``: would training succeed on this data set, and by which recipe?"""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import yaml
 
 import datamodules
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from datamodules.check.findings import Examination
+
 
 def check_data(
     trainer: L.Trainer,
     datamodule: datamodules.SegmentationDataModule,
+    arguments: Mapping[str, Any] | None = None,
     output_dir: str = "check_data",
     fix: str | None = None,
+    minutes: float = 15.0,
 ) -> None:
-    """Read every file of a data set, and report what training would meet; exit status 1 if training would fail.
+    """Read every file of a data set, report what training would meet, and write the recipe of a run.
+
+    The exit status is 1 if training would fail.
 
     Args:
         trainer: not needed; LightningCLI calls commands as methods of a trainer.
         datamodule: the data set.
+        arguments: its ``class_path`` and ``init_args`` as configured, for the recipe.
         output_dir: folder outside the data for a folder named after the data set's, with a page of findings and
-            ``found.yaml``.
+            ``recipe.yaml``, a complete config.
         fix: new folder outside the data for a corrected copy, of what can be mended without a guess: sizes of masks,
             EXIF turns, colours to labels, one palette. The exit status is 0 if it was written.
+        minutes: how long `fit` may take with the recipe on this machine, after its start. Steps are timed for it.
 
     Raises:
         UserError: if a folder to write into lies inside the data, or `fix` is not empty.
@@ -41,8 +53,45 @@ def check_data(
     if fix is not None:
         corrected.refuse_folder(Path(fix), root)
     found = examine(datamodule)
-    page.report(found, Path(output_dir) / (root.resolve().name if root else type(datamodule).__name__))
+    folder = Path(output_dir) / (root.resolve().name if root else type(datamodule).__name__)
+    page.report(found, folder)
     if fix is not None:
         print("", *corrected.fix(found, Path(fix)), sep="\n")
-    elif found.failed:
+        return
+    prescribe(found, arguments or {}, minutes, folder / "recipe.yaml")
+    if found.failed:
         raise SystemExit(1)
+
+
+def prescribe(found: "Examination", arguments: Mapping[str, Any], minutes: float, file: Path) -> None:
+    """Write the recipe, and print the next commands if training would succeed with it.
+
+    Args:
+        found: the result of the data doctor.
+        arguments: ``class_path`` and ``init_args`` of the data set.
+        minutes: how long ``fit`` may take.
+        file: the recipe.
+
+    Raises:
+        UserError: if `minutes` is not positive.
+    """
+    from datamodules.check import examine
+
+    from .recipe import is_trainable, write_recipe
+
+    if not is_trainable(found):
+        print("\nThere is no recipe: no training image could be read, or no class is known")
+        return
+    write_recipe(found, arguments, minutes, file)
+    if found.failed:
+        init_args = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]["init_args"]
+        again = type(found.given)(**{key: value for key, value in init_args.items() if key != "transforms"})
+        verdict = examine(again).verdict
+        print(f"\nWith the arguments of data in {file}: {verdict}")
+        if not verdict.startswith("Ready"):
+            return
+    print(f"\nTo train for {minutes:g} minutes, to test, and to predict the test images or those of a folder:")
+    for command in ("fit", "test --ckpt_path best", "predict --ckpt_path best"):
+        verb, _, options = command.partition(" ")
+        print(f"  lightning {verb} --config {file} {options}".rstrip())
+    print(f"  lightning predict --config {file} --ckpt_path best --data.predict_dir FOLDER")
