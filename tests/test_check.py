@@ -359,6 +359,18 @@ def test_255_around_objects_is_no_error(tmp_path):
     )
 
 
+def test_masks_of_0_and_255_among_masks_of_three_classes_are_said(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: np.where(mask == 255, 0, mask).astype(np.uint8))
+    save(root / "masks/train/02.png", ((labels_of(root, "train/02") == 1) * 255).astype(np.uint8))
+    found = examine(folder(root))
+    (finding,) = [f for f in found.findings if "of 0 and 255 among" in f.text]
+    assert finding.severity == "warning" and finding.files == [str(root / "masks/train/02.png")]
+    assert finding.text == "1 mask of 0 and 255 among 10 masks of 0 and 1 and 2"
+    for setting in ({"void_values": [255]}, {"label_map": {0: 0, 1: 1, 2: 2, 255: 1}}):
+        assert not any("255" in f.text for f in examine(folder(root, **setting)).findings)
+
+
 def test_few_files_prove_no_absence(tmp_path):
     """With `check` below the number of files, nothing is said of classes that the others may hold."""
     root = draw_tree(tmp_path / "tree", COUNTS)
