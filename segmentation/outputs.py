@@ -5,20 +5,20 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 from .errors import UserError
 
 
-def below(folder: Path, name: str, suffix: str) -> Path:
-    r"""Return the path of a result in a folder, named after something in the data.
+def below(folder: Path, name: str, suffixes: Mapping[str, str]) -> dict[str, Path]:
+    r"""Return the paths of the results of an image, which have its name.
 
     Args:
         folder: the output folder, as the user named it.
-        name: a relative path without suffix.
-        suffix: the end of the file's name.
+        name: a relative path without suffix, from the data.
+        suffixes: the kinds of results, which are the folders within `folder`, and the end of the files' names.
 
     Raises:
         UserError: if the name is empty or absolute, has a drive or ``..``, in the spelling of any system (``C:\x`` is
@@ -30,7 +30,7 @@ def below(folder: Path, name: str, suffix: str) -> Path:
             f"the data name an image {name!r}, which does not stay in the output folder {folder}: rename the image to "
             "a relative path without '..'"
         )
-    return folder / f"{name}{suffix}"
+    return {kind: folder / kind / f"{name}{suffix}" for kind, suffix in suffixes.items()}
 
 
 def stays_in(folder: Path, parent: Path) -> None:
@@ -56,7 +56,7 @@ def exists(path: Path) -> bool:
         OSError: if this cannot be known, because the name is too long or the folder cannot be searched.
     """
     try:
-        path.lstat()
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True

@@ -75,7 +75,7 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             UserError: if the name leads out of the output folder.
         """
-        return {kind: below(self.output_dir / kind, name, suffix) for kind, suffix in self.kinds.items()}
+        return below(self.output_dir, name, self.kinds)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether every file may be written, and start an empty list."""
@@ -132,7 +132,8 @@ class PredictionWriter(BasePredictionWriter):
                 writable(file.parent)
                 self.inside.add(file.parent)
             if not exists(file):
-                exists(self.nearest / file.name)  # in a folder that exists, a name that is too long is an error
+                if len(file.name) > 60:  # characters, of up to 4 bytes
+                    exists(self.nearest / file.name)  # in a folder that exists, a name that is too long is an error
                 return
         except OSError as error:
             raise UserError(f"{file} cannot be written ({error.strerror}): give a shorter name") from error
