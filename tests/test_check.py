@@ -314,6 +314,64 @@ def test_what_a_sentence_advises_to_set_works(tmp_path, name):
         assert not texts or (setting == {"void_values": [255]} and "nothing to learn" in texts[0]), texts
 
 
+# name: (case, words of its advice, what they say to do to the files, or arguments of Folder that they say to give)
+REMEDIES = {
+    "a partner for an image": (
+        "image without mask", "add it", lambda r: copy(r / "masks/val/00.png", r / "masks/train/03.png")
+    ),
+    "no image without a mask": (
+        "image without mask", "remove the image", lambda r: (r / "images/train/03.jpg").unlink()
+    ),
+    "no mask without an image": ("mask without image", "remove the mask", lambda r: (r / "masks/val/02.png").unlink()),
+    "one of two files": ("two images of one name", "keep one", lambda r: (r / "images/train/03.png").unlink()),
+    "another file": (
+        "truncated mask", "replace or remove it", lambda r: copy(r / "masks/val/01.png", r / "masks/val/00.png")
+    ),
+    "a turned mask": (
+        "image turned by EXIF", "turn these masks too",
+        lambda r: save(r / "masks/train/01.png", np.rot90(labels_of(r, "train/01"), -1)),
+    ),
+    "labels for values": (
+        "value without a class", "data.class_names and data.label_map",
+        {"class_names": [*CLASSES, "tree"], "label_map": {0: 0, 1: 1, 2: 2, 7: 3}},
+    ),
+    "a palette": ("masks in colours", "data.palette", {"palette": COLORS.tolist()}),
+    "a class map": (
+        "masks in colours", "class map",
+        lambda r: (r / "class_dict.csv").write_text(
+            "name,r,g,b\n" + "".join(f"{n},{c[0]},{c[1]},{c[2]}\n" for n, c in zip(CLASSES, COLORS, strict=True))),
+    ),
+    "colours to ignore": ("a colour too many", "data.void_colors", {"void_colors": [[9, 8, 7]]}),
+    "one more class": (
+        "a colour too many", "add them to the classes",
+        {"class_names": [*CLASSES, "tree"], "palette": [*COLORS.tolist(), [9, 8, 7]]},
+    ),
+    "one palette": (
+        "palettes that differ", "save all masks with one palette",
+        lambda r: palette_mask(r / "masks/train/04.png", [9, 9, 9, 200, 30, 0]),
+    ),
+    "a smaller batch": ("fewer images than a batch", "data.batch_size", {"batch_size": 6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_what_a_sentence_advises_to_do_works(tmp_path, name):
+    case, words, remedy = REMEDIES[name]
+    spoil, arguments, *_, find, _ = CASES[case]
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    if spoil is not None:
+        spoil(root)
+    before = [f for f in examine(folder(root, **arguments), workers=2).findings if all(w in str(f) for w in find)]
+    assert words.lower() in str(before[0]).lower()
+    if callable(remedy):
+        remedy(root)
+    data = folder(root, **{"crop_size": 32} | arguments | ({} if callable(remedy) else remedy))
+    after = examine(data, workers=2)
+    assert not after.failed and not [f for f in after.findings if all(w in str(f) for w in find)], after.verdict
+    data.setup("fit")
+    assert len(data.datasets["train"]) >= 5
+
+
 def test_advice_is_there_to_be_tried():
     assert advised("set data.label_map: {0: 0, 255: 1}; or data.void_values: [3, 7], data.eval_batch_size: 1") == [
         {"label_map": {0: 0, 255: 1}}, {"void_values": [3, 7]}, {"eval_batch_size": 1}]  # fmt: skip
