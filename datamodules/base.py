@@ -7,17 +7,19 @@ A data set is a subclass of `SegmentationDataModule` that states its facts as cl
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torchvision.transforms import v2
 
-from .dataset import Cache, EpochSampler, SegmentationDataset, collate
+from .dataset import Cache, EpochSampler, LabelTable, SegmentationDataset, collate
 from .decode import Sample
 from .download import Archive, fetch
 from .errors import UserError
@@ -75,6 +77,16 @@ class SegmentationDataModule(L.LightningDataModule):
         check: how many files of a split to decode before a run, evenly spread; None for all, 0 for none. The command
             `check_data` looks at all files, and reports more.
         download: fetch the data set if it is missing and its owner allows that.
+        value_range: the stored values that become 0 and 1 when the model scales images. None takes the full range of 8
+            bits. For RGB or grey of more than 8 bits, ``fit`` then finds one range for the whole training split, and
+            says so: 0 to 2^k - 1 for unsigned integers, the lowest and highest value for others, 0 to 1 for floats
+            within.
+        resize_masks: whether to bring masks of another size but the proportions of their images to the images' size, by
+            the nearest pixel; without it, such masks are refused.
+        mask_threshold: reads grey masks of two classes as 0 below this value and as 1 from it on. Masks in JPEG and
+            other formats that change values can be read only so.
+        replace_nan: the value that pixels of images get which are no numbers (NaN, Inf); the loss and the metrics
+            ignore them. None refuses such images.
 
     Raises:
         UserError: if a batch size is not positive, or `max_class_share` has no crops to choose from.
@@ -120,6 +132,10 @@ class SegmentationDataModule(L.LightningDataModule):
         predict_dir: str | os.PathLike | None = None,
         check: int | None = 500,
         download: bool = False,
+        value_range: Sequence[float] | None = None,
+        resize_masks: bool = False,
+        mask_threshold: float | None = None,
+        replace_nan: float | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -140,6 +156,10 @@ class SegmentationDataModule(L.LightningDataModule):
         self.cache = Cache(folder, cache_budget) if cache else None
         self.weight_maps = Cache(folder, cache_budget) if border_weight else None
         self.test_split, self.check, self.download = test_split, check, download
+        if value_range is not None and (len(value_range) != 2 or not value_range[0] < value_range[1]):
+            raise UserError(f"data.value_range is the lowest and the highest value, as [0, 4095], got {value_range}")
+        self.value_range = None if value_range is None else [float(value) for value in value_range]
+        self.resize_masks, self.mask_threshold, self.replace_nan = resize_masks, mask_threshold, replace_nan
         self.datasets: dict[str, SegmentationDataset] = {}  # by stage: train, val, test, predict
 
     @property
@@ -191,7 +211,9 @@ class SegmentationDataModule(L.LightningDataModule):
         """
         if stage == "predict" and self.predict_dir is not None:
             splits = {"predict": "predict"}
-            self.datasets["predict"] = SegmentationDataset(list_photos(self.predict_dir, self.bands), label_table=None)
+            self.datasets["predict"] = SegmentationDataset(
+                list_photos(self.predict_dir, self.bands), label_table=None, replace_nan=self.replace_nan
+            )
         elif not self.class_names:
             raise UserError(UNNAMED)
         else:
@@ -204,6 +226,7 @@ class SegmentationDataModule(L.LightningDataModule):
         image, _ = self.datasets[next(iter(splits))].read(0)
         self.in_channels = len(image)
         if "train" in splits:
+            self.find_value_range(image)
             self.augment(image, counts["train"])
 
     def open_split(self, role: str, split: str) -> None:
@@ -215,7 +238,13 @@ class SegmentationDataModule(L.LightningDataModule):
         """
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.datasets[role] = SegmentationDataset(
-            self.listed(split), self.label_table(), seed=seed, cache=self.cache, weight_maps=self.weight_maps
+            self.listed(split),
+            self.label_table(),
+            seed=seed,
+            cache=self.cache,
+            weight_maps=self.weight_maps,
+            resize_masks=self.resize_masks,
+            replace_nan=self.replace_nan,
         )
 
     def augment(self, image: Tensor, counts: Tensor) -> None:
@@ -232,16 +261,36 @@ class SegmentationDataModule(L.LightningDataModule):
         for epoch in range(3 if self.extra else 0):  # a transform that fails should fail now
             dataset[epoch, 0]
 
-    def label_table(self) -> Tensor:
+    def find_value_range(self, image: Tensor) -> None:
+        """Find one range of values for RGB or grey images of more than 8 bits, from files of the training split.
+
+        Args:
+            image: any training image.
+        """
+        if self.bands is not None or self.value_range is not None or image.dtype == torch.uint8:
+            return
+        dataset = self.datasets["train"]
+        indices = range(0, len(dataset), -(-len(dataset) // (self.check or len(dataset))))
+
+        def limits(index: int) -> tuple[float, float]:
+            values = dataset.stored(index)[0].numpy()
+            values = values[np.isfinite(values)]
+            return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+        with ThreadPoolExecutor(max(2, self.num_workers)) as pool:
+            lows, highs = zip(*pool.map(limits, indices), strict=True)
+        self.value_range = range_of(image.dtype, min(lows), max(highs))
+        rank_zero_info(
+            f"the images hold {str(image.dtype).removeprefix('torch.')}, and {len(indices)} of {len(dataset)} training "
+            f"images values from {min(lows):g} to {max(highs):g}: data.value_range is {self.value_range}"
+        )
+
+    def label_table(self) -> LabelTable:
         """Build the table of the label of each stored mask value: 255 for ignored, -1 for values without a class.
 
-        Returns:
-            int16 ``(65537,)`` for the values 0 to 65535; the last entry, -1, is for values beyond.
-
         Raises:
-            UserError: if `label_map` names a label that is no class, or a value is not in 0 to 65535.
+            UserError: if `label_map` names a label that is no class.
         """
-        table = torch.full((65537,), -1, dtype=torch.int16)
         pairs = self.label_map or {label: label for label in range(self.num_classes)}
         for value, label in pairs.items():
             if not (0 <= label < self.num_classes or label == IGNORE):
@@ -250,20 +299,21 @@ class SegmentationDataModule(L.LightningDataModule):
                     f"have the labels 0 to {self.num_classes - 1}"
                 )
         voids = (*self.void_values, *(() if IGNORE in pairs else (IGNORE,)))
-        beyond = [value for value in (*pairs, *voids) if not 0 <= value < 65536]
-        if beyond:
-            raise UserError(f"data.void_values and data.label_map take values from 0 to 65535, got {beyond[0]}")
-        for value, label in {**pairs, **dict.fromkeys(voids, IGNORE)}.items():
-            table[value] = label
-        return table
+        return LabelTable({**pairs, **dict.fromkeys(voids, IGNORE)})
 
     def listed(self, split: str) -> list[Sample]:
         """List a split.
 
         Raises:
-            UserError: if the split is empty.
+            UserError: if the split is empty, or `mask_threshold` is set for other than two classes.
         """
+        if self.mask_threshold is not None and self.num_classes not in (0, 2):
+            raise UserError(
+                f"data.mask_threshold separates two classes, and data.class_names has {self.num_classes}: leave it out"
+            )
         samples = self.samples(split)
+        if self.mask_threshold is not None:
+            samples = [replace(sample, threshold=self.mask_threshold) for sample in samples]
         if not samples:
             raise UserError(
                 f"the split '{split}' of {type(self).__name__} ({self.root}) is empty: put images and masks there"
@@ -342,7 +392,7 @@ class SegmentationDataModule(L.LightningDataModule):
             c = self.color_jitter
             steps.append(v2.ColorJitter(brightness=c, contrast=c, saturation=c, hue=c / 4))
         elif self.color_jitter:
-            steps.append(BandJitter(self.color_jitter))
+            steps.append(BandJitter(self.color_jitter, self.value_range))
         if self.blur:
             steps.append(v2.RandomApply([v2.GaussianBlur(5, 1.1)], p=self.blur))
         if self.extra is not None:
@@ -353,9 +403,10 @@ class SegmentationDataModule(L.LightningDataModule):
         """Return the colour outside the images in their own units: the mean, or 0 where it has other bands."""
         if len(self.mean) != len(image):
             return [0.0] * len(image)
-        if image.is_floating_point():
-            return list(self.mean)
-        return [float(round(torch.iinfo(image.dtype).max * m)) for m in self.mean]
+        floats = image.is_floating_point()
+        low, high = self.value_range or (0, 1 if floats else torch.iinfo(image.dtype).max)
+        colour = [low + (high - low) * m for m in self.mean]
+        return colour if floats else [float(round(value)) for value in colour]
 
     @property
     def world_size(self) -> int:
@@ -421,8 +472,14 @@ def check_names(names: Sequence[str]) -> None:
     """Check that tables, columns and pictures can tell classes apart by their names.
 
     Raises:
-        UserError: if a name is empty, occurs twice, or holds a slash or a control character.
+        UserError: if there are more than 255 names, or a name is empty, occurs twice, or holds a slash or a control
+            character.
     """
+    if len(names) > IGNORE:
+        raise UserError(
+            f"there are {len(names)} classes, but at most {IGNORE} can be told apart: name fewer in data.class_names, "
+            "and give several stored values one label in data.label_map"
+        )
     label_of: dict[str, int] = {}
     for label, name in enumerate(str(name).strip() for name in names):
         if not name:
@@ -438,6 +495,21 @@ def check_names(names: Sequence[str]) -> None:
                 "name in data.class_names, or both one label in data.label_map"
             )
         label_of[name] = label
+
+
+def range_of(dtype: torch.dtype, low: float, high: float) -> list[float]:
+    """Return the range of values that a set of images is scaled by.
+
+    Args:
+        dtype: type of the images.
+        low: the lowest value in the files.
+        high: the highest value in the files.
+    """
+    if dtype in (torch.uint8, torch.uint16):
+        return [0.0, float(2 ** max(1, int(high).bit_length()) - 1)]
+    if dtype.is_floating_point and low >= 0 and high <= 1:
+        return [0.0, 1.0]
+    return [low, high if high > low else low + 1]
 
 
 def voc_palette(num_classes: int) -> list[tuple[int, int, int]]:

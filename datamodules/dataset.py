@@ -59,6 +59,29 @@ class Cache:
         return made
 
 
+class LabelTable:
+    """The label of each stored mask value: 255 for ignored values, -1 for values without a class.
+
+    Args:
+        labels: stored value -> label; any integers are values.
+    """
+
+    def __init__(self, labels: dict[int, int]) -> None:
+        self.table = torch.full((65537,), -1, dtype=torch.int16)  # the last entry is for the values beyond
+        self.beyond = {value: label for value, label in labels.items() if not 0 <= value < 65536}
+        self.count = sum(label != IGNORE for label in labels.values())
+        for value, label in labels.items():
+            if value not in self.beyond:
+                self.table[value] = label
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return the labels of stored values of any shape, int16."""
+        labels = self.table[values.long().clamp(-1, 65536)]
+        for value, label in self.beyond.items():
+            labels[values == value] = label
+        return labels
+
+
 class SegmentationDataset(Dataset):
     """One split of a data set. Its keys are ``(epoch, index)``; an index alone is one of epoch 0.
 
@@ -67,14 +90,16 @@ class SegmentationDataset(Dataset):
 
     Args:
         samples: the images and masks of the split.
-        label_table: label of each stored mask value, -1 for values without a class, see
-            `SegmentationDataModule.label_table`; None reads images without masks.
+        label_table: label of each stored mask value; None reads images without masks.
         transform: joint transform of a ``tv_tensors.Image``, a ``tv_tensors.Mask`` and, with `weight_rule`, a
             `PixelWeight`. It needs a mask.
         seed: the run's seed.
         weight_rule: computes the loss's weight of each pixel from labels and instances.
         cache: keeps decoded files; None decodes them at every use.
         weight_maps: keeps the results of `weight_rule`; None computes them at every use.
+        resize_masks: whether to bring a mask of its image's proportions to the image's size.
+        replace_nan: the value that pixels get which are no numbers (NaN, Inf); their labels are ignored. None refuses
+            such images.
 
     Returns:
         items ``{"image": (C, H, W), "mask": int64 (H, W), "name": str, "size": (H, W) as read}``. ``mask`` is absent
@@ -84,15 +109,18 @@ class SegmentationDataset(Dataset):
     def __init__(
         self,
         samples: Sequence[Sample],
-        label_table: Tensor | None,
+        label_table: LabelTable | None,
         transform: v2.Transform | None = None,
         seed: int = 0,
         weight_rule: WeightRule | None = None,
         cache: Cache | None = None,
         weight_maps: Cache | None = None,
+        resize_masks: bool = False,
+        replace_nan: float | None = None,
     ) -> None:
         self.samples, self.label_table, self.transform, self.seed = samples, label_table, transform, seed
         self.weight_rule, self.cache, self.weight_maps = weight_rule, cache, weight_maps
+        self.resize_masks, self.replace_nan = resize_masks, replace_nan
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -126,27 +154,35 @@ class SegmentationDataset(Dataset):
             ignored pixels, or None without a mask.
 
         Raises:
-            UserError: if image and mask differ in size, or a value has no class; the message names file and value.
+            UserError: if image and mask differ in size, a value has no class, or pixels are no numbers; the message
+                names file and value.
         """
         sample = self.samples[index]
         image, values = self.stored(index)
+        image, missing = replace_missing(image, self.replace_nan, sample.image or sample.name)
         if values is None or self.label_table is None:
             return image, None
         where = sample.mask or sample.name
         if image.shape[-2:] != values.shape:
-            raise UserError(
-                f"{where} is {values.shape[1]} x {values.shape[0]} pixels but its image {sample.image} is "
-                f"{image.shape[2]} x {image.shape[1]}: save the mask at the image's size"
-            )
-        mask = self.label_table[values.long().clamp(-1, len(self.label_table) - 1)]  # the table's last entry is -1
+            fits = same_proportions(values.shape, image.shape[-2:])
+            if not (fits and self.resize_masks):
+                cure = ", or set data.resize_masks: true" if fits else ""
+                raise UserError(
+                    f"{where} is {values.shape[1]} x {values.shape[0]} pixels but its image {sample.image} is "
+                    f"{image.shape[2]} x {image.shape[1]}: save the mask at the image's size{cure}"
+                )
+            values = resize_nearest(values, image.shape[-2:])
+        mask = self.label_table(values)
         if (mask < 0).any():
-            bad = int(values[mask < 0].max())
-            count = int(((self.label_table >= 0) & (self.label_table != IGNORE)).sum())
             raise UserError(
-                f"{where} holds the value {bad}, which belongs to none of the {count} classes: add it to "
-                "data.void_values to ignore it, or give it a label in data.label_map"
+                f"{where} holds the value {int(values[mask < 0].max())}, which belongs to none of the "
+                f"{self.label_table.count} classes: add it to data.void_values to ignore it, or give it a label in "
+                "data.label_map"
             )
-        return image, mask.byte()
+        mask = mask.byte()
+        if missing is not None:
+            mask[missing] = IGNORE
+        return image, mask
 
     def pixel_weight(self, index: int, mask: Tensor, rule: WeightRule) -> Tensor:
         """Return the loss's weight of each pixel, computing it first if it is not cached.
@@ -172,6 +208,45 @@ class SegmentationDataset(Dataset):
         return f"{sample!r} {[path.stat().st_mtime_ns for path in files]}"
 
 
+def replace_missing(image: Tensor, value: float | None, where: object) -> tuple[Tensor, Tensor | None]:
+    """Replace pixels that are no numbers (NaN, Inf).
+
+    Args:
+        image: ``(C, H, W)`` as stored.
+        value: what they become in all bands; None refuses them.
+        where: the image's file, for the error message.
+
+    Returns:
+        the image, and where pixels were replaced, bool ``(H, W)``, or None if nowhere.
+
+    Raises:
+        UserError: if there are such pixels and `value` is None.
+    """
+    if not image.is_floating_point():
+        return image, None
+    missing = ~torch.isfinite(image).all(dim=0)
+    if not missing.any():
+        return image, None
+    if value is None:
+        raise UserError(
+            f"{where} holds values that are no numbers (NaN or Inf) in {missing.float().mean():.2%} of its pixels: "
+            "repair the file, or set data.replace_nan: 0 to read these pixels as 0 and to ignore their labels"
+        )
+    return torch.where(missing, torch.tensor(value, dtype=image.dtype), image), missing
+
+
+def same_proportions(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two sizes (height, width) have one aspect ratio, but for rounding to whole pixels."""
+    (h, w), (height, width) = size, other
+    return abs(h * width - w * height) <= max(h, w, height, width)
+
+
+def resize_nearest(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a mask ``(H, W)`` of any integers to (height, width): each pixel takes the value at its centre."""
+    rows, columns = (((torch.arange(n) + 0.5) * (old / n)).long() for n, old in zip(size, values.shape, strict=True))
+    return values[rows[:, None], columns]
+
+
 @contextmanager
 def random_numbers_of(*key: int) -> Iterator[None]:
     """Draw random numbers from a key alone: those of torch, numpy and Python, since transforms may use any of them."""
@@ -193,8 +268,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Build a batch: stack tensors along a new first axis, and list names and sizes.
 
     Raises:
-        UserError: if the images differ in size.
+        UserError: if the images differ in size, type or number of bands.
     """
+    kinds = {(len(item["image"]), str(item["image"].dtype).removeprefix("torch.")): item["name"] for item in items}
+    if len(kinds) > 1:
+        parts = [f"{name} has {bands} bands of {dtype}" for (bands, dtype), name in kinds.items()]
+        raise UserError(f"one batch holds images of different types, as {' and '.join(parts)}: save all in one type")
     sizes = sorted({tuple(item["image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
         raise UserError(

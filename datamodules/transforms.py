@@ -291,10 +291,12 @@ class BandJitter(v2.Transform):
     """Random brightness and contrast per band, for images that ``v2.ColorJitter`` does not accept.
 
     Contrast moves a band's pixels away from or towards the band's mean, and brightness multiplies them. Integers are
-    clamped to the range of their dtype, floats are not. Pixels that are nan stay nan and do not count for the mean.
+    clamped to `value_range`, floats are not. Pixels that are nan stay nan and do not count for the mean. Grey that
+    fills three bands stays grey.
 
     Args:
         strength: factors are drawn uniformly from max(0, 1 - strength) to 1 + strength.
+        value_range: the values that mean black and white; None is 0 and the largest value of the dtype.
 
     Shape:
         image ``(C, H, W)`` -> the same, in the same dtype; masks and pixel weights do not change.
@@ -303,16 +305,18 @@ class BandJitter(v2.Transform):
         UserError: if `strength` is negative.
     """
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, value_range: Sequence[float] | None = None) -> None:
         super().__init__()
         if strength < 0:
             raise UserError(f"strength must not be negative, got {strength}")
-        self.strength = strength
+        self.strength, self.value_range = strength, value_range
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the two factors of each band, each ``(C, 1, 1)``."""
         image = next(x for x in flat_inputs if not isinstance(x, tv_tensors.Mask))
         factors = torch.empty(2, image.shape[-3], 1, 1).uniform_(max(0.0, 1 - self.strength), 1 + self.strength)
+        if image.shape[-3] == 3 and bool((image[..., 1:, :, :] == image[..., :1, :, :]).all()):
+            factors = factors[:, :1].expand(-1, 3, -1, -1)
         return {"brightness": factors[0], "contrast": factors[1]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -322,10 +326,11 @@ class BandJitter(v2.Transform):
         x = inpt.as_subclass(torch.Tensor)
         floats = x if x.is_floating_point() else x.float()
         mean = floats.nanmean((-2, -1), keepdim=True)
-        floats = ((floats - mean) * params["contrast"] + mean) * params["brightness"]
+        low = self.value_range[0] if self.value_range else 0.0
+        floats = ((floats - mean) * params["contrast"] + mean - low) * params["brightness"] + low
         if not x.is_floating_point():
             limits = torch.iinfo(x.dtype)
-            floats = floats.round().clamp(limits.min, limits.max)
+            floats = floats.round().clamp(*(self.value_range or (limits.min, limits.max)))
         return tv_tensors.wrap(floats.to(x.dtype), like=inpt)
 
 

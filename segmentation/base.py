@@ -103,7 +103,7 @@ class SegmentationModule(L.LightningModule):
         labels = range(max(2, num_classes))
         self.met_data = False  # the data's bands are compared with a checkpoint's; without data they are taken from it
         self.bands: list[int] | None = None  # which bands of the files are read as stored; None is RGB
-        self.value_range: list[float] | None = None
+        self.value_range: list[float] | None = None  # stored values that become 0 and 1; None is their type's range
         self.named_by_data = False  # the data's names win over a checkpoint's, and both over these numbers
         self.class_names = [str(label) for label in labels]
         self.palette = [[37 * label % 256, 91 * label % 256, 173 * label % 256] for label in labels]
@@ -153,17 +153,29 @@ class SegmentationModule(L.LightningModule):
 
     # What all share
     def preprocess(self, image: Tensor) -> Tensor:
-        """Normalise stored pixels ``(N, C, H, W)`` on the device: integers to 0..1, minus mean, over std.
+        """Normalise stored pixels ``(N, C, H, W)`` on the device: `value_range` to 0..1, minus mean, over std.
+
+        Without a `value_range`, integers are divided by the largest value of their type.
 
         Raises:
-            UserError: if the image does not have `in_channels` channels.
+            UserError: if the image does not have `in_channels` channels, or has 8 bits and `value_range` more.
         """
         if image.shape[1] != self.in_channels:
             count = f"the image has {image.shape[1]} channels, the model has in_channels {self.in_channels}"
             raise UserError(f"{count}: data.bands says which are read")
-        full_scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        if self.value_range is None:
+            low, full_scale = 0.0, 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
+        else:
+            low, full_scale = self.value_range[0], self.value_range[1] - self.value_range[0]
+            if image.dtype == torch.uint8 and self.value_range[1] > 255:
+                raise UserError(
+                    f"the image has 8 bits, but the network was trained on values from {low:g} to "
+                    f"{self.value_range[1]:g}: give images of the type that it was trained on (for "
+                    "export, --dtype uint16 or float32)"
+                )
         order = torch.channels_last if self.channels_last else torch.contiguous_format
         image = image.to(device=self.mean.device, dtype=torch.float32, memory_format=order)  # 65535 overflows in half
+        image = image if low == 0 else image - low
         image = ((image / full_scale - self.mean.float()) / self.std.float()).to(self.mean.dtype)
         return image.flip(1) if self.bgr else image
 

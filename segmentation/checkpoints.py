@@ -160,6 +160,7 @@ def agree(model: Any, data: Any) -> None:
         UserError: if the numbers of channels or classes differ; a binary model has 1 where its data has 2.
     """
     model.met_data, model.bands = True, None if data.bands is None else [int(band) for band in data.bands]
+    model.value_range = None if data.value_range is None else [float(value) for value in data.value_range]
     if not len(data.class_names):
         return
     if max(2, model.num_classes) != data.num_classes:

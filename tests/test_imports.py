@@ -43,7 +43,7 @@ ROOMS = {
     "datamodules/weight_map": {"transforms", "errors"},
     "datamodules/dataset": {"decode", "transforms", "errors"},
     "datamodules/base": {"check", "dataset", "decode", "download", "files", "transforms", "weight_map", "errors"},
-    "datamodules/check": {"itself", "base", "class_map", "decode", "files", "errors"},
+    "datamodules/check": {"itself", "base", "class_map", "dataset", "decode", "files", "errors"},
     "datamodules": {"annotations", "base", "class_map", "decode", "files", "transforms", "download", "errors"},
 }  # fmt: skip
 EVERYTHING = {"segmentation/cli", "segmentation/__init__", "segmentation/__main__", "datamodules/__init__"}

@@ -111,13 +111,13 @@ def test_windows_are_those_of_the_whole_file(layout, bands, dtype, tmp_path):
             np.testing.assert_array_equal(window.numpy(), expected)
 
 
-def test_without_bands_images_become_rgb_of_8_bits(tmp_path):
+def test_without_bands_images_become_rgb(tmp_path):
     grey, colours, deep = scene(1), scene(4), scene(3, np.uint16)
     files = {
         "grey": (grey, {}, grey.repeat(3, axis=2)),
         "grey and alpha": (scene(2), {"extrasamples": ["unassalpha"]}, scene(2)[..., :1].repeat(3, axis=2)),
         "alpha": (colours, {"photometric": "rgb", "extrasamples": ["unassalpha"]}, colours[..., :3]),
-        "16 bits": (deep, {}, deep >> 8),
+        "16 bits": (deep, {}, deep),
     }
     for name, (pixels, layout, expected) in files.items():
         for compression in ({}, {"compression": "zlib"}):
@@ -241,7 +241,13 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
     uncompressed.write_bytes(uncompressed.read_bytes()[:-1])
     damaged = tmp_path / "damaged.tif"
     damaged.write_bytes(good.read_bytes()[:5000] + bytes(good.stat().st_size - 5000))
-    write(tmp_path / "float.tif", scene(3, np.float32))
+    write(tmp_path / "float.tif", scene(5, np.float32))
+    holes = scene(3, np.float32)
+    holes[40, 50] = np.nan
+    write(tmp_path / "holes.tif", holes)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.tif", exif=exif)
     tifffile.imwrite(tmp_path / "volume.tif", np.zeros((2, 30, 40, 3), np.uint8), photometric="rgb")
     Image.fromarray(pixels).quantize(16).save(tmp_path / "palette.tif")
     cases = [
@@ -250,7 +256,14 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, monkeypatch):
         (damaged, None, ValueError, "damaged.tif cannot be read .*: replace it"),
         *((tmp_path / f"cut{n}.tif", None, ValueError, "cannot be read .*: replace") for n in (4, 8, 100, 300, 5000)),
         (uncompressed, None, ValueError, "uncompressed.tif cannot be read .*: replace it"),
-        (tmp_path / "float.tif", None, ValueError, "float.tif has 3 bands of float32 .* --bands"),
+        (tmp_path / "float.tif", None, ValueError, "float.tif has 5 bands of float32 .* --bands"),
+        (
+            tmp_path / "holes.tif",
+            [0, 1, 2],
+            ValueError,
+            "holes.tif holds values that are no numbers .* --replace_nan 0",
+        ),
+        (tmp_path / "turned.tif", None, ValueError, "turned.tif is turned by its EXIF orientation: save it upright"),
         (tmp_path / "palette.tif", None, ValueError, "PALETTE"),
         (tmp_path / "volume.tif", None, ValueError, "one axis of bands"),
         (good, [0, 3], ValueError, "has 3 bands, counted from 0"),

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..base import IGNORE, SegmentationDataModule, voc_palette
+from ..dataset import LabelTable
 from ..decode import Sample
 from ..errors import UserError
 from .facts import Facts, look_at
@@ -106,7 +108,7 @@ def add_up(
         partial: whether samples were left out.
     """
     completed = complete(data, facts)
-    table = completed.label_table().numpy()
+    table = completed.label_table()
     for f in facts:
         f.counts = count_labels(f, table, completed.num_classes)
     none = np.zeros(completed.num_classes + 2, np.int64)
@@ -201,10 +203,9 @@ def complete(data: SegmentationDataModule, facts: Sequence[Facts]) -> Segmentati
     return known
 
 
-def count_labels(facts: Facts, table: np.ndarray, classes: int) -> np.ndarray:
+def count_labels(facts: Facts, table: LabelTable, classes: int) -> np.ndarray:
     """Count a mask's pixels of each class, ignored, and without a class: int64 ``(K + 2,)``."""
-    values = np.array([*facts.values], np.int64).clip(-1, len(table) - 1)  # the table's last entry is -1
-    labels = table[values].astype(np.int64)
+    labels = table(torch.tensor([*facts.values], dtype=torch.int64)).numpy().astype(np.int64)
     labels[labels == IGNORE] = classes
     labels[labels < 0] = classes + 1
     counts = np.zeros(classes + 2, np.int64)

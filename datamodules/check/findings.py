@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..base import IGNORE, UNNAMED, SegmentationDataModule
+from ..dataset import same_proportions
 from .facts import Color, Facts
 
 SEVERITIES = ("error", "warning", "note")
@@ -148,24 +150,27 @@ def in_files(found: Examination) -> Iterator[Finding]:
         detail = and_more(bad[0].reason, len(bad))
         yield Finding("error", f"{count(len(bad), 'file')} that cannot be read", bad, detail=detail)
     read = [f for f in found.facts if f.shape]
-    if bad := [f for f in read if f.mask_shape and f.mask_shape != f.shape[1:]]:
+    sized = [f for f in read if f.mask_shape and f.mask_shape != f.shape[1:]]
+    fits = [f for f in sized if same_proportions(f.mask_shape, f.shape[1:])]
+    if bad := [f for f in sized if not found.given.resize_masks or not same_proportions(f.mask_shape, f.shape[1:])]:
         (mask_height, mask_width), (_, height, width) = bad[0].mask_shape, bad[0].shape
         detail = f"{bad[0].file(mask=True)} is {mask_width} x {mask_height} pixels, its image {width} x {height}"
         detail = and_more(detail, len(bad))
         turned = any(f.turned > 4 and f.mask_shape[::-1] == f.shape[1:] for f in bad)
         advice = "Images are turned upright by their EXIF orientation; turn these masks too" if turned else ""
+        if len(fits) == len(bad):
+            advice = "They have the proportions of their images: data.resize_masks: true brings them to that size"
         yield Finding("error", f"{count(len(bad), 'mask')} of another size than the image", bad, True, detail, advice)
-    if bad := [f for f in read if not f.finite]:
-        yield Finding("error", f"{count(len(bad), 'image')} with values that are no numbers (nan or infinite)", bad)
+    if found.given.replace_nan is None and (bad := [f for f in read if not f.finite]):
+        text = f"{count(len(bad), 'image')} with values that are no numbers (nan or infinite)"
+        advice = "data.replace_nan: 0 reads such pixels as 0, and ignores their labels"
+        yield Finding("error", text, bad, advice=advice)
     if bad := [f for f in read if f.turned > 1 and f.mask_shape == f.shape[1:] and (f.turned < 5 or square(f))]:
         text = f"{count(len(bad), 'image')} turned or mirrored on reading by the EXIF orientation"
         advice = "Their sizes do not show whether the masks are turned too: look at the page"
         yield Finding("warning", text, bad, advice=advice)
     if bad := [f for f in read if f.constant]:
         yield Finding("warning", f"{count(len(bad), 'image')} of one single colour", bad)
-    if bad := [f for f in read if f.mode[:1] in "IF" and f.dtype == "uint8"]:
-        advice = "To read all bits, set data.bands: [0]" if len(bad) == len(read) else ""
-        yield Finding("note", f"{count(len(bad), 'image')} of more than 8 bits, read as 8", bad, advice=advice)
 
 
 def square(facts: Facts) -> bool:
@@ -188,7 +193,8 @@ def in_values(found: Examination) -> Iterator[Finding]:
         table = data.label_table()
         unknown = Counter[int]()
         for f in bad:
-            unknown.update({v: n for v, n in f.values.items() if not 0 <= v < len(table) or table[v] < 0})
+            labels = table(torch.tensor([*f.values], dtype=torch.int64)).tolist()
+            unknown.update({v: n for (v, n), label in zip(f.values.items(), labels, strict=True) if label < 0})
         listed = most_common(unknown, sum(int(f.counts.sum()) for f in bad))
         text = f"{count(len(bad), 'mask')} with values that belong to none of the {data.num_classes} classes, {listed}"
         values = sorted(unknown)
@@ -204,21 +210,18 @@ def in_255(found: Examination) -> Iterator[Finding]:
     only = [f for f in masks if {0, IGNORE} == f.values.keys()]
     objects = [f for f in masks if f.values.keys() - {0, IGNORE}]
     labels = {**(given.label_map or {0: 0, **({1: 1} if objects else {})}), IGNORE: 1}
-    setting = f"set data.label_map: {labels}" if classes == 2 or not objects else "give it a label in data.label_map"
-    advice = f"{IGNORE} means 'ignored': if it is your object, {setting}; if it is to be ignored, "
+    advice = f"{IGNORE} means 'ignored': if it is your object, set data.label_map: {labels}; if it is to be ignored, "
     advice += f"set data.void_values: [{IGNORE}]"
     if only and not objects:
         severity = "error" if found.trains or (classes == 2 and len(only) > 1) else "warning"
         yield Finding(severity, f"the masks hold 0 and {IGNORE} only", only, mask=True, advice=advice)
-        return
-    both = any(IGNORE in f.values for f in objects)  # so 255 is the border of objects in some masks
-    if only and (classes == 2 or not both):
+    elif only and classes == 2:
+        both = any(IGNORE in f.values for f in objects)  # so 255 is the border of objects in some masks
         others = " and ".join(map(str, sorted({v for f in objects for v in f.values})[:4]))
         text = f"{count(len(only), 'mask')} of 0 and {IGNORE} among {count(len(objects), 'mask')} of {others}"
         names = ", ".join(f.file(mask=True) for f in only[:SHOWN])
         detail = names + (f" and {len(only) - SHOWN:,} more" if only[SHOWN:] else "")
-        severity = "error" if classes == 2 and not both else "warning"
-        yield Finding(severity, text, only, mask=True, detail=detail, advice=advice)
+        yield Finding("warning" if both else "error", text, only, mask=True, detail=detail, advice=advice)
 
 
 def in_colors(found: Examination) -> Iterator[Finding]:
@@ -360,9 +363,10 @@ def usual_crop(facts: Sequence[Facts]) -> list[int]:
 def in_modes(found: Examination) -> Iterator[Finding]:
     """Find mixed numbers of bands, types and modes."""
     read = [f for f in found.facts if f.shape]
+    photos = not any(f.sample.mask or f.values for f in read)  # such are read one by one
     for severity, what, kinds in (
         ("error", "numbers of bands", [f.shape[0] for f in read]),
-        ("error", "types, each scaled by its own range", [f.dtype for f in read]),
+        ("warning" if photos else "error", "types, each scaled by its own range", [f.dtype for f in read]),
         ("warning", "modes among the images", [f.mode for f in read]),
         ("warning", "modes among the masks", [f.mask_mode for f in read]),
     ):

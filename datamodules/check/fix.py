@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..base import IGNORE
+from ..dataset import LabelTable
 from ..decode import Sample
 from ..errors import UserError
 from .facts import Facts
@@ -43,7 +44,7 @@ def fix(found: Examination, folder: Path) -> list[str]:
         raise UserError("the copy needs classes: name them in data.class_names, and try --fix again")
     mended, left_out, written = Counter[str](), [], 0
     shared = Counter(f.sample.image for f in found.facts)
-    table = found.data.label_table().numpy()
+    table = found.data.label_table()
     for f in found.facts:
         reason = unmendable(f)
         if reason:
@@ -102,7 +103,7 @@ def same_aspect(facts: Facts) -> bool:
 
 
 def copy_sample(
-    found: Examination, facts: Facts, folder: Path, table: np.ndarray, shares: bool, mended: Counter[str]
+    found: Examination, facts: Facts, folder: Path, table: LabelTable, shares: bool, mended: Counter[str]
 ) -> None:
     """Write the image and the mask of one sample.
 
@@ -115,8 +116,9 @@ def copy_sample(
         mended: how many samples were mended, by what was done; it is updated.
     """
     sample = facts.sample
-    image, values = (part.numpy() for part in sample.read())  # type: ignore[union-attr]
-    labels = Image.fromarray(table[values.astype(np.int64).clip(-1, len(table) - 1)].astype(np.uint8))
+    pixels, values = sample.read()
+    assert values is not None  # see `unmendable`
+    image, labels = pixels.numpy(), Image.fromarray(table(values).byte().numpy())
     if is_turned(facts):
         labels = labels.transpose(UPRIGHT[facts.turned])
         mended["masks turned by the EXIF orientation of their image"] += 1

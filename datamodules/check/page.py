@@ -227,7 +227,7 @@ def draw(found: Examination, facts: Facts, width: int = 320) -> Image.Image | No
     if values is None:
         return picture
     table = found.data.label_table()
-    labels = table[values.long().clamp(-1, len(table) - 1)].numpy()
+    labels = table(values).numpy()
     colors = np.array([*found.data.palette, *[WHITE] * (IGNORE + 1)], np.uint8)[: IGNORE + 1]
     colors[IGNORE] = WHITE
     colored = Image.fromarray(np.where((labels < 0)[..., None], np.array(MAGENTA, np.uint8), colors[labels]))

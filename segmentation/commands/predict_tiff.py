@@ -25,6 +25,9 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from datamodules.dataset import replace_missing
+from datamodules.decode import numbers
+
 from .. import geotiff
 from ..architectures.unet import OverlapTile, UNet
 from ..base import SegmentationModule
@@ -48,6 +51,7 @@ def predict_tiff(
     output: str = "labels.tif",
     bands: list[int] | None = None,
     overwrite: bool = False,
+    replace_nan: float | None = None,
 ) -> None:
     """Write the labels of a TIFF of any size, from file to file.
 
@@ -59,8 +63,10 @@ def predict_tiff(
         image: the TIFF to read.
         output: the TIFF to write.
         bands: which bands to read as stored, counted from 0, as in data.bands; by default those that the checkpoint was
-            trained on, else RGB of 8 bits.
+            trained on, else RGB.
         overwrite: replace the output of an earlier run.
+        replace_nan: the value that pixels get which are no numbers (NaN, Inf), as in data.replace_nan; by default such
+            an image is refused.
 
     Raises:
         UserError: if no image is given; see also `write_labels`.
@@ -75,12 +81,17 @@ def predict_tiff(
             bands = model.bands
         else:
             compare_bands(read(ckpt_path).get("segmentation", {}), bands)
-    write_labels(model.to(trainer.strategy.root_device), Path(image), Path(output), bands, overwrite)
+    write_labels(model.to(trainer.strategy.root_device), Path(image), Path(output), bands, overwrite, replace_nan)
 
 
 @torch.inference_mode()
 def write_labels(
-    model: SegmentationModule, image: Path, output: Path, bands: Sequence[int] | None = None, overwrite: bool = False
+    model: SegmentationModule,
+    image: Path,
+    output: Path,
+    bands: Sequence[int] | None = None,
+    overwrite: bool = False,
+    replace_nan: float | None = None,
 ) -> None:
     """Write the labels of a TIFF as a palette TIFF of 8 bits, tiled and compressed.
 
@@ -93,12 +104,13 @@ def write_labels(
         output: the TIFF to write.
         bands: see `TiffReader`.
         overwrite: replace a file of an earlier run.
+        replace_nan: see `TiffReader`.
 
     Raises:
         UserError: if `output` exists and `overwrite` is false, or is the image; if the image has other bands than the
             network; if `inference` needs the whole image in memory; see also `TiffReader`.
     """
-    tiff = TiffReader(image, bands)
+    tiff = TiffReader(image, bands, replace_nan)
     if len(tiff.bands) != model.in_channels:
         raise UserError(
             f"{image} is read as {len(tiff.bands)} bands, but model.in_channels is {model.in_channels}: set --bands"
@@ -194,18 +206,19 @@ class TiffReader:
 
     Args:
         path: the file.
-        bands: which bands to read as stored, counted from 0. None reads RGB of 8 bits, as training does: grey becomes
-            three equal bands, alpha is left out, and 16 bits lose the lower 8.
+        bands: which bands to read as stored, counted from 0. None reads RGB, as training does: grey becomes three equal
+            bands, and alpha is left out.
+        replace_nan: the value that pixels get which are no numbers; None refuses them.
 
     Raises:
-        UserError: if the file does not exist, is not a TIFF, lacks a band, is not RGB and no bands are named, or is
-            compressed in one piece; the message names the file.
+        UserError: if the file does not exist, is not a TIFF, lacks a band, is not RGB and no bands are named, is turned
+            by its EXIF orientation, or is compressed in one piece; the message names the file.
     """
 
-    def __init__(self, path: Path, bands: Sequence[int] | None = None) -> None:
+    def __init__(self, path: Path, bands: Sequence[int] | None = None, replace_nan: float | None = None) -> None:
         if not path.is_file():
             raise UserError(f"the image {path} does not exist")
-        self.path = path
+        self.path, self.replace_nan = path, replace_nan
         with decoding(path):
             self.file = tifffile.TiffFile(path)
             self.series: Any = self.file.series[0]
@@ -216,13 +229,14 @@ class TiffReader:
             raise UserError(f"{path} holds {self.series.shape} values: two sides and one axis of bands are needed")
         count = int(np.prod(self.series.shape)) // (self.height * self.width)
         dtype, colours = np.dtype(self.page.dtype), tifffile.PHOTOMETRIC(self.page.photometric).name
-        self.as_stored = bands is not None
+        if self.page.tags.valueof(274, 1) != 1:
+            raise UserError(f"{path} is turned by its EXIF orientation: save it upright, as `gdal_translate` does")
         if bands is None:
             bands = RGB.get(colours, ())
-            if not bands or count - len(set(bands)) not in (0, 1) or dtype not in (np.uint8, np.uint16):
+            if not bands or count - len(set(bands)) not in (0, 1) or dtype.kind not in "iuf":
                 raise UserError(
-                    f"{path} has {count} bands of {dtype} ({colours}), which are no RGB of 8 or 16 bits: name those "
-                    "that the model was trained on, as in --bands '[0]'"
+                    f"{path} has {count} bands of {dtype} ({colours}), which are no RGB: name those that the model was "
+                    "trained on, as in --bands '[0]'"
                 )
         elif not bands or min(bands) < 0 or max(bands) >= count:
             raise UserError(f"{path} has {count} bands, counted from 0, and --bands asks for {list(bands)}")
@@ -233,7 +247,7 @@ class TiffReader:
                 f"{path} is compressed in pieces of {self._piece[0]} x {self._piece[1]} pixels, too large to read in "
                 "part: convert it to tiles, as `gdal_translate -co TILED=YES` does"
             )
-        self.held, self.pixels = (0, 0), np.empty(0)
+        self.held, self.pixels = (0, 0), torch.empty(0)
 
     def __enter__(self) -> "TiffReader":
         return self
@@ -242,10 +256,14 @@ class TiffReader:
         self.file.close()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """Return the pixels ``(1, C, h, w)`` of a window, as stored or in 8 bits."""
+        """Return the pixels ``(1, C, h, w)`` of a window, as stored.
+
+        Raises:
+            UserError: if a value is no number and `replace_nan` is None, or an integer is beyond 32 bits.
+        """
         if self.held != (top, bottom):
             self.held, self.pixels = (top, bottom), self._rows(top, bottom)
-        return torch.from_numpy(self.pixels[None, :, :, left:right])
+        return self.pixels[None, :, :, left:right]
 
     @property
     def _piece(self) -> tuple[int, int]:
@@ -254,15 +272,16 @@ class TiffReader:
             return self.page.tilelength, self.page.tilewidth
         return min(self.page.rowsperstrip, self.height), self.width
 
-    def _rows(self, top: int, bottom: int) -> np.ndarray:
+    def _rows(self, top: int, bottom: int) -> Tensor:
         rows = self._mapped(top, bottom) if self.contiguous else self._decoded(top, bottom)
-        if not self.as_stored:
-            return rows if rows.dtype == np.uint8 else (rows >> 8).astype(np.uint8)
-        if rows.dtype.kind == "f":
-            return rows.astype(np.float32)
-        if rows.dtype.kind == "b":
-            return rows.astype(np.uint8)
-        return rows if rows.dtype.name in ("uint8", "uint16", "int16", "int32") else rows.astype(np.int32)
+        with decoding(self.path):
+            pixels = numbers(rows)
+        if self.replace_nan is None and pixels.is_floating_point() and not torch.isfinite(pixels).all():
+            raise UserError(
+                f"{self.path} holds values that are no numbers (NaN or Inf) in the rows {top} to {bottom}: repair the "
+                "file, or set --replace_nan 0 to read these pixels as 0"
+            )
+        return replace_missing(pixels, self.replace_nan, self.path)[0]
 
     def _mapped(self, top: int, bottom: int) -> np.ndarray:
         """Return rows of an uncompressed file, mapped anew each time so that pages do not stay in memory."""

@@ -202,13 +202,13 @@ def no_up(found: "Examination") -> tuple[str, bool]:
         and whether they also lie across the images as they lie along them.
     """
     read = [f for f in found.of("train") if f.counts[:-2].any() and f.mask_shape == f.shape[1:]]
-    table = found.data.label_table().numpy()
+    table = found.data.label_table()
     counts = np.zeros((2, found.data.num_classes, BANDS))  # of the pixels, by rows and by columns
     for facts in read[:: -(-len(read) // LOOK) or 1]:
         values = facts.sample.read()[1]
         if values is None:
             continue
-        labels = table[np.asarray(values).astype(np.int64).clip(-1, len(table) - 1)]
+        labels = table(values).numpy().astype(np.int64)
         for i, turned in enumerate((labels, labels.T)):
             for j, stripe in enumerate(np.array_split(turned, BANDS)):
                 present = stripe[(stripe >= 0) & (stripe < found.data.num_classes)].ravel()
