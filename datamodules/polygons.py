@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -346,9 +347,9 @@ class Images:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, list[Path]] = {}  # file name in lower case -> relative paths
+        self.files: dict[str, list[Path]] = {}  # folded file name -> relative paths
         for path in files_under(folder).values():
-            self.files.setdefault(path.name.lower(), []).append(path.relative_to(folder))
+            self.files.setdefault(folded(path.name), []).append(path.relative_to(folder))
 
     def find(self, text: str, source: Path) -> Path:
         """Return the image that a path means; if there is none, a path below the folder that does not exist.
@@ -362,13 +363,13 @@ class Images:
         """
         beside = source.parent.relative_to(self.folder) if source.is_relative_to(self.folder) else Path()
         for parts in spellings(text):
-            found = self.files.get(parts[-1].lower(), [])
+            found = self.files.get(folded(parts[-1]), [])
             for exact in (beside.joinpath(*parts), Path(*parts)):
                 if exact in found:
                     return self.folder / exact
 
             def fit(path: Path, parts: Sequence[str] = parts) -> tuple[int, int, bool]:
-                tail = common([p.lower() for p in reversed(path.parts)], [p.lower() for p in reversed(parts)])
+                tail = common([*map(folded, reversed(path.parts))], [*map(folded, reversed(parts))])
                 return tail, common(path.parts, beside.parts), path.name == parts[-1]
 
             best = [path for path in found if fit(path) == max(map(fit, found))]
@@ -380,6 +381,11 @@ class Images:
             if best:
                 return self.folder / best[0]
         return self.folder.joinpath(*(re.sub(r"[\x00-\x1f]", "_", part)[:120] for part in spellings(text)[0]))
+
+
+def folded(name: str) -> str:
+    """Return a name in one case and one form of its accents, in which systems and tools differ."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def common(first: Sequence[str], second: Sequence[str]) -> int:

@@ -328,6 +328,8 @@ def test_paths_lead_to_images_below_the_folder_only(tmp_path):
     assert np.array_equal(drawn(root, image_dir="two"), EXPECTED)  # what the sentence advises
     write(root, {"a.json": coco(["/home/bob/two/X.PNG"], TWO)})
     assert everything(Polygons(root, val_fraction=0, test_fraction=0)).keys() == {"two/x"}
+    root = write(tmp_path / "accent", {"a.json": coco(["pictures/e\u0301.png"], TWO)}, ["pictures/\u00e9.png"])
+    assert np.array_equal(drawn(root), EXPECTED)  # the accent is a letter's own, or a sign after it
     root = write(tmp_path / "both", {"a.json": coco(["a.png", "a.jpg"], TWO)}, ["a.png", "a.jpg", "b.jpg"])
     assert everything(Polygons(root)).keys() == {"a.png", "a.jpg"}
 
