@@ -13,6 +13,8 @@ import torch
 from conftest import COMMAND, ENVIRONMENT, PROJECT, column, config, draw_pair, draw_tree, lightning, rows, succeed
 from PIL import Image
 
+from datamodules.files import list_photos
+
 pytestmark = pytest.mark.slow
 SCORES = ["val/miou", "val/pixel_acc", "val/mean_acc", "val/fwiou", "val/loss"]
 SCORES += [f"val/iou/{name}" for name in ("ground", "disc", "bar")]
@@ -124,9 +126,15 @@ def test_two_processes_predict_every_photo_once(trained, photos, tmp_path):
     folder, sizes = photos
     checkpoint = trained / "logs/config/version_0/checkpoints/best.ckpt"
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
-    succeed("predict", "--ckpt_path", checkpoint, "--data.predict_dir", folder, *devices, cwd=tmp_path)
+    command = ["predict", "--ckpt_path", checkpoint, "--data.predict_dir", folder, "--writer.polygons", "coco"]
+    succeed(*command, *devices, cwd=tmp_path)
     lines = [json.loads(line)["name"] for line in (tmp_path / "predictions/predictions.jsonl").read_text().splitlines()]
-    assert sorted(lines) == sorted(sizes)
+    assert sorted(lines) == sorted(sizes) and lines == [sample.name for sample in list_photos(folder)]
+    written = json.loads((tmp_path / "predictions/annotations.json").read_text())
+    assert [image["id"] for image in written["images"]] == list(range(1, len(lines) + 1))
+    pixels = {image["id"]: image["height"] * image["width"] for image in written["images"]}
+    for number, count in pixels.items():  # every pixel has a class
+        assert sum(a["area"] for a in written["annotations"] if a["image_id"] == number) == count
 
 
 def test_two_processes_train_and_agree(tree, tmp_path):
