@@ -104,6 +104,7 @@ class SegmentationModule(L.LightningModule):
         self.met_data = False  # the data's bands are compared with a checkpoint's; without data they are taken from it
         self.bands: list[int] | None = None  # which bands of the files are read as stored; None is RGB
         self.value_range: list[float] | None = None  # stored values that become 0 and 1; None is their type's range
+        self.known: dict[str, Any] | None = None  # what the checkpoint of its weights says, see `checkpoints.identity`
         self.named_by_data = False  # the data's names win over a checkpoint's, and both over these numbers
         self.class_names = [str(label) for label in labels]
         self.palette = [[37 * label % 256, 91 * label % 256, 173 * label % 256] for label in labels]

@@ -70,11 +70,12 @@ def accept(model: Any, checkpoint: dict[str, Any]) -> None:
         raise UserError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
     if saved is None:
         return
+    compare_pixels(saved, model)
     if model.met_data:
         compare_bands(saved, model.bands)
         settle_range(saved, model)
     else:
-        model.bands, model.value_range = saved.get("bands"), saved.get("value_range")
+        model.known, model.bands, model.value_range = saved, saved.get("bands"), saved.get("value_range")
     if not model.named_by_data:
         model.class_names, model.palette = saved["class_names"], saved["palette"]
         return
@@ -85,6 +86,48 @@ def accept(model: Any, checkpoint: dict[str, Any]) -> None:
         )
     if others := other_names(saved["class_names"], model.class_names):
         rank_zero_info(others)
+
+
+def compare_pixels(saved: dict[str, Any], model: Any) -> None:
+    """Compare how pixels are normalised. The checkpoint's mean and std win, since they are loaded as its weights are.
+
+    Raises:
+        UserError: if training gave the network the colours in the other order.
+    """
+    bgr = saved.get("init_args", {}).get("bgr", model.bgr)
+    if bgr != model.bgr:
+        raise UserError(f"model.bgr is {model.bgr}, but the checkpoint was trained with {bgr}: set it to that")
+    for name in other_scales(saved, model):
+        rank_zero_info(
+            f"model.{name} {getattr(model, name).flatten().tolist()} is not used: the checkpoint was trained with "
+            f"{saved[name]}"
+        )
+
+
+def other_scales(saved: dict[str, Any], model: Any) -> list[str]:
+    """Return which of mean and std differ between a checkpoint and a model."""
+    both = [(name, getattr(model, name).flatten().cpu()) for name in ("mean", "std") if name in saved]
+    return [name for name, own in both if not torch.allclose(own, torch.tensor(saved[name], dtype=own.dtype))]
+
+
+def say_differences(model: Any) -> None:
+    """Say where the data differs from what the model's weights were trained on; new training may well want that."""
+    said = []
+    try:
+        compare_bands(model.known, model.bands)
+    except UserError as error:
+        said.append(str(error))
+    for name in other_scales(model.known, model):
+        own = getattr(model, name).flatten().tolist()
+        said.append(f"model.{name} is {own}, but the checkpoint was trained with {model.known[name]}")
+    there, here = model.known.get("value_range"), model.value_range
+    if list(there or ()) != list(here or ()):
+        said.append(f"data.value_range is {here}, but the checkpoint was trained with {there}")
+    names = model.known["class_names"]
+    if model.named_by_data and len(names) == len(model.class_names):
+        said += [moved_names(names, model.class_names) or other_names(names, model.class_names)]
+    for sentence in filter(None, said):
+        rank_zero_info(f"the weights come from a checkpoint: {sentence}")
 
 
 def compare_bands(saved: dict[str, Any], bands: Sequence[int] | None) -> None:
@@ -161,8 +204,14 @@ def agree(model: Any, data: Any) -> None:
     """
     model.met_data, model.bands = True, None if data.bands is None else [int(band) for band in data.bands]
     model.value_range = None if data.value_range is None else [float(value) for value in data.value_range]
-    if not len(data.class_names):
-        return
+    if len(data.class_names):
+        agree_on_classes(model, data)
+    if model.known is not None:
+        say_differences(model)
+
+
+def agree_on_classes(model: Any, data: Any) -> None:
+    """Check a model against data with classes, see `agree`, and give it the data's class names and palette."""
     if max(2, model.num_classes) != data.num_classes:
         raise UserError(
             f"model.num_classes is {model.num_classes} but the data has {data.num_classes} classes "

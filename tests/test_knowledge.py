@@ -1,5 +1,9 @@
 """What training knew, prediction knows: a checkpoint's bands, scale and classes are compared with the data's."""
 
+import json
+import shutil
+from pathlib import Path
+
 import lightning as L
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from PIL import Image
 from datamodules import Folder
 from datamodules.errors import UserError as DataError
 from segmentation import UNet, checkpoints, cli
+from segmentation.commands.export import export
 from segmentation.errors import UserError
 
 CPU = ["--trainer.accelerator", "cpu"]
@@ -155,6 +160,63 @@ def test_classes_in_another_order_are_refused(name, swapped, capsys, monkeypatch
     other = ["--data.class_names", "[ground, bar, disc]", "--data.label_map", "{0: 0, 1: 2, 2: 1}"]
     said = refusal(capsys, swapped, name, "--config", swapped / "config.yaml", *other)
     assert "the classes of the checkpoint are [ground, disc, bar], but the data has [ground, bar, disc]" in said
+
+
+def test_stored_values_in_another_order_are_read_in_the_checkpoints_order(swapped, monkeypatch, tmp_path):
+    """What the refusal advises, on masks whose stored values name the classes in the other order."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(swapped / "tree", "tree")
+    for file in Path("tree/masks").rglob("*.png"):
+        Image.fromarray(np.array([0, 2, 1], np.uint8)[np.array(Image.open(file))]).save(file)
+    advice = ["--data.class_names", "[ground, disc, bar]", "--data.label_map", "{0: 0, 1: 2, 2: 1}"]
+    results = []
+    for root, more in ((swapped / "tree", []), ("tree", advice)):
+        logs = ["--trainer.logger.save_dir", tmp_path / "logs"]
+        command(swapped, "test", "--config", swapped / "config.yaml", "--data.root", root, *more, *logs)
+        results.append(
+            json.loads((tmp_path / f"logs/config/version_{len(results)}/results.json").read_text())["confusion"]
+        )
+    assert results[0] == results[1]
+
+
+def test_weights_of_a_checkpoint_tell_what_they_were_trained_on(swapped, caplog):
+    path = str(swapped / "logs/config/version_0/checkpoints/last.ckpt")
+    data = Folder(swapped / "tree", ["ground", "bar", "disc"], bands=[0, 1, 2])
+    model = UNet(3, base_channels=4, weights=path, mean=(0.5, 0.5, 0.5))
+    checkpoints.agree(model, data)
+    for words in (
+        "bands is [0, 1, 2], but the checkpoint was trained with data.bands [2, 1, 0]",
+        "the classes of the checkpoint are [ground, disc, bar], but the data has [ground, bar, disc]",
+        "model.mean is [0.5, 0.5, 0.5], but the checkpoint was trained with [0.48",
+    ):
+        assert f"the weights come from a checkpoint: {words}" in caplog.text
+    assert model.class_names == ["ground", "bar", "disc"] and model.bands == [0, 1, 2]
+    caplog.clear()
+    checkpoints.agree(UNet(3, base_channels=4, weights=path), Folder(swapped / "tree", CLASSES, bands=[2, 1, 0]))
+    assert not caplog.text
+
+
+def test_a_checkpoints_mean_and_order_of_colours_are_compared(swapped, caplog):
+    path = swapped / "logs/config/version_0/checkpoints/last.ckpt"
+    model = UNet(3, base_channels=4, mean=(0.5, 0.5, 0.5))
+    checkpoints.load_trained(model, path)
+    assert "model.mean [0.5, 0.5, 0.5] is not used: the checkpoint was trained with [0.48" in caplog.text
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    with pytest.raises(
+        UserError, match=r"model\.bgr is True, but the checkpoint was trained with False: set it to that"
+    ):
+        checkpoints.load_trained(UNet(3, base_channels=4, bgr=True), path)
+
+
+@pytest.mark.parametrize(("values", "wider"), [([0, 4095], "uint16"), ([-5, 40], "float32"), ([0, 70000], "float32")])
+def test_an_export_takes_a_type_that_holds_the_values_of_training(values, wider, tmp_path):
+    model = UNet(3, base_channels=4)
+    model.value_range = values
+    checkpoint: dict = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "deep.ckpt")
+    with pytest.raises(UserError, match=f"--dtype uint8 does not hold: set --dtype {wider}"):
+        export(L.Trainer(accelerator="cpu", logger=False), UNet(3, base_channels=4), str(tmp_path / "deep.ckpt"))
 
 
 def test_other_names_are_said_and_win(swapped, monkeypatch, tmp_path, caplog):

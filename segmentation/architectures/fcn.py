@@ -231,6 +231,7 @@ class FCN(SegmentationModule):
         skips = [f"classifier.{name}." for name in SKIPS]
         scores = ("classifier.score_", "classifier.4.", "aux_classifier.4.")
         load_weights(self, state, file.source, scores, optional=(*skips, "aux_classifier."))
+        self.known = file.known
 
     def new_layers(self) -> list[nn.Module]:
         """Return the layers that give scores."""

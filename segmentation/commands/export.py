@@ -84,6 +84,13 @@ def export(
     if len(sides) not in (0, 2) or min(sides, default=1) < 1:
         raise UserError(f"--size is one side, or height and width as [360, 480], got {size}")
     load_trained(model, ckpt_path)
+    low, high = model.value_range or (0, 0)
+    if dtype != "float32" and (low < 0 or high > np.iinfo(dtype).max):
+        wider = "uint16" if low >= 0 and high <= 65535 else "float32"
+        raise UserError(
+            f"{ckpt_path} was trained on values from {low:g} to {high:g}, which --dtype {dtype} does not hold: set "
+            f"--dtype {wider}"
+        )
     model.channels_last = False  # else the order of the memory would depend on the size
     path = Path(output) if output else Path(ckpt_path).with_suffix(SUFFIXES[format])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ class Weights:
         arguments: constructor arguments without which equal weights give other logits.
         defaults: constructor arguments that the user may change.
         pixels: how the images were scaled, where this differs from torchvision's way.
+        known: what a checkpoint of ours says about its training, see `checkpoints.identity`.
     """
 
     source: str = ""
@@ -40,6 +41,7 @@ class Weights:
     arguments: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     pixels: str = ""
+    known: dict[str, Any] | None = None
 
 
 def arguments_from_weights(init: Callable[..., None]) -> Callable[..., None]:
@@ -122,7 +124,7 @@ def read_weights(path: str, network: str) -> Weights:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if saved is not None:
-        return Weights(path, state, defaults=saved["init_args"])
+        return Weights(path, state, defaults=saved["init_args"], known=saved)
     layout = next((layout for layout in LAYOUTS if layout.matches(state)), None)
     if layout is None:
         return Weights(path, state)
@@ -159,7 +161,7 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
         ) from error
 
 
-def load_file(network: nn.Module, path: str, new_layers: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
+def load_file(network: Any, path: str, new_layers: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
     """Read a file of weights and copy it into a network; see `read_weights` and `load_weights`.
 
     Args:
@@ -173,6 +175,7 @@ def load_file(network: nn.Module, path: str, new_layers: Sequence[str] = (), opt
     if file.pixels:
         rank_zero_info(f"weights of {file.source} were trained on {file.pixels}")
     load_weights(network, file.state, file.source, new_layers, optional)
+    network.known = file.known
 
 
 def load_weights(
