@@ -216,7 +216,8 @@ def test_an_export_takes_a_type_that_holds_the_values_of_training(values, wider,
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "deep.ckpt")
     with pytest.raises(UserError, match=f"--dtype uint8 does not hold: set --dtype {wider}"):
-        export(L.Trainer(accelerator="cpu", logger=False), UNet(3, base_channels=4), str(tmp_path / "deep.ckpt"))
+        trainer = L.Trainer(accelerator="cpu", logger=False)
+        export(trainer, UNet(3, base_channels=4), str(tmp_path / "deep.ckpt"), format="torch_export")
 
 
 def test_other_names_are_said_and_win(swapped, monkeypatch, tmp_path, caplog):
