@@ -81,6 +81,7 @@ class Annotations:
         pictures: the annotated images.
         left_out: for each kind of thing that is not drawn, where it stands.
         largest: the largest coordinate of a polygon.
+        one_image: whether the tool writes a file for each image, under the image's name.
     """
 
     file: Path
@@ -88,6 +89,7 @@ class Annotations:
     pictures: list[Picture] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     largest: float = -math.inf
+    one_image: bool = False
 
     def leave_out(self, kind: str, path: str) -> list[Outline]:
         """Note that something is not drawn, and return no outline."""
@@ -108,13 +110,17 @@ class Annotations:
             layer: see `Outline`.
 
         Raises:
-            UserError: if a coordinate is not a number of pixels, or a run-length code belongs to another size.
+            UserError: if the object has no label, a coordinate is not a number of pixels, or a run-length code belongs
+                to another size.
         """
+        label = str(category).strip()
+        if not label:
+            raise UserError(f"{self.file} outlines an object without a label in {path}: label or remove it")
         if isinstance(segmentation, Mapping):
             covered = self.check_code(path, size, segmentation)
             if not covered:
                 return self.leave_out("objects without area", path)
-            return [Outline(str(category), segmentation, float(area or covered), layer)]
+            return [Outline(label, segmentation, float(area or covered), layer)]
         if segmentation and not isinstance(segmentation[0], Sequence):
             segmentation = [segmentation]  # some tools write one polygon without the outer list
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a line has no area
@@ -130,7 +136,7 @@ class Annotations:
         xs, ys = [x for p in polygons for x in p[0::2]], [y for p in polygons for y in p[1::2]]
         if size and (max(xs) <= 0 or max(ys) <= 0 or min(xs) >= size[1] or min(ys) >= size[0]):
             return self.leave_out("objects wholly outside their image", path)
-        return [Outline(str(category), segmentation, float(area or sum(map(shoelace, polygons))), layer)]
+        return [Outline(label, segmentation, float(area or sum(map(shoelace, polygons))), layer)]
 
     def check_code(self, path: str, size: Size | None, code: Mapping[str, Any]) -> int:
         """Return the number of pixels of a run-length code.
@@ -167,6 +173,8 @@ def read_annotations(file: Path, required: bool = True) -> Annotations | None:
     with decoding(file, "annotations"):
         try:
             content = parse_xml(file) if file.suffix.lower() == ".xml" else json.loads(file.read_bytes())
+        except UnicodeDecodeError:
+            raise UserError("its text is not UTF-8: save it as UTF-8") from None
         except RecursionError:
             raise UserError("it is nested too deeply, so it is none: remove it") from None
     reader, tool = reader_of(content)
@@ -223,18 +231,8 @@ def parse_xml(file: Path) -> ElementTree.Element:
 
 def read_coco(content: Any, found: Annotations) -> None:
     """Read COCO's format; a crowd (`iscrowd`) is drawn like any object, and `area` may be missing."""
-    things, categories = content["annotations"], sorted(content["categories"], key=lambda category: category["id"])
-    used, above = {thing["category_id"] for thing in things}, Counter(c.get("supercategory") for c in categories)
-    names: dict[Any, str] = {}
-    for category in categories:
-        number, name = category["id"], str(category["name"])
-        if number not in used and above[name] > (category.get("supercategory") == name):
-            found.leave_out("categories that only group others", f"'{name}'")
-        elif name in names.values():
-            raise UserError(f"{found.file} has two categories of the name '{name}': rename one of them")
-        else:
-            names[number] = name
-            found.categories[name] = color_of(category.get("color"))
+    things = content["annotations"]
+    names = coco_categories(content["categories"], {thing["category_id"] for thing in things}, found)
     images = {image["id"]: image for image in content["images"]}
     if len(images) < len(content["images"]):
         raise UserError(f"{found.file} gives two images the same id: export it again")
@@ -265,9 +263,32 @@ def read_coco(content: Any, found: Annotations) -> None:
         found.pictures.append(Picture(str(image["file_name"]), size_of(image), tuple(outlines.get(number, ()))))
 
 
+def coco_categories(categories: Iterable[Mapping[str, Any]], used: set[Any], found: Annotations) -> dict[Any, str]:
+    """Add categories to `found` in the order of their ids, and return the name of each id.
+
+    Roboflow writes one more category, which has no object and groups the others under the project's name.
+
+    Raises:
+        UserError: for two categories of one name.
+    """
+    ordered = sorted(categories, key=lambda category: category["id"])
+    above = Counter(category.get("supercategory") for category in ordered)
+    names: dict[Any, str] = {}
+    for category in ordered:
+        number, name = category["id"], str(category["name"]).strip()
+        if number not in used and above[name] > (category.get("supercategory") == name):
+            found.leave_out("categories that only group others", f"'{name}'")
+        elif name in names.values():
+            raise UserError(f"{found.file} has two categories of the name '{name}': rename one of them")
+        else:
+            names[number] = name
+            found.categories[name] = color_of(category.get("color"))
+    return names
+
+
 def read_labelme(content: Any, found: Annotations) -> None:
     """Read LabelMe's format: polygons, rectangles, circles and masks; points and lines have no area."""
-    path = str(content["imagePath"])
+    path, found.one_image = str(content["imagePath"]), True
     size = size_of({"height": content.get("imageHeight"), "width": content.get("imageWidth")})
     outlines: list[Outline] = []
     for shape in content["shapes"]:
@@ -307,7 +328,7 @@ def read_cvat(content: ElementTree.Element, found: Annotations) -> None:
         )
     for label in content.iterfind("meta//labels/label"):
         if not label.findtext("parent"):  # a point of a skeleton has one
-            found.categories[label.findtext("name") or ""] = color_of(label.findtext("color"))
+            found.categories[(label.findtext("name") or "").strip()] = color_of(label.findtext("color"))
     for image in content.iterfind("image"):
         path, size = image.attrib["name"], size_of(image.attrib)
         outlines: list[Outline] = []
@@ -398,13 +419,16 @@ def label_studio_region(found: Annotations, path: str, size: Size, region: Mappi
         return found.leave_out(f"regions of the type {region.get('type', 'unknown')}", path)
     if not labels:
         return found.leave_out("regions without a label", path)
+    if len(labels) > 1:
+        found.leave_out("further labels of the same region", path)
     return found.outline(path, size, labels[0], segmentation)
 
 
 def label_studio_path(data: Mapping[str, Any]) -> str:
     """Return the path or address of a task's image: the field ``image``, or else the first that looks like one."""
     texts = {key: value for key, value in data.items() if isinstance(value, str)}
-    likely = [value for value in texts.values() if re.search(r"\.\w{3,4}$", value) or "/" in value]
+    likely = [value for value in texts.values() if re.search(r"\.\w{3,4}($|\?)", value)]
+    likely += [value for value in texts.values() if "/" in value]
     if "image" in texts:
         return texts["image"]
     if not likely:

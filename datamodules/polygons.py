@@ -178,22 +178,22 @@ class Polygons(SegmentationDataModule):
         Raises:
             UserError: for two classes of one name, or more classes than labels.
         """
-        kept = [str(name) for name in names]
+        kept = [str(name).strip() for name in names]
         ground = next((name for name in kept if BACKGROUND.fullmatch(name)), "background")
         kept = [name for name in kept if name not in (ground, IGNORED)]
-        twice = [name for i, name in enumerate(kept) if name in kept[:i] or BACKGROUND.fullmatch(name)]
+        names = [re.sub(r"[/\\\x00-\x1f\x7f]", "-", name) for name in kept]  # which the names of metrics could not hold
+        twice = [name for i, name in enumerate(names) if name in names[:i] or BACKGROUND.fullmatch(name)]
         if twice:
-            raise UserError(f"two classes are called '{twice[0]}': give each class one name, in data.classes too")
+            raise UserError(f"two classes are called '{twice[0]}': rename or merge these categories in the annotations")
         if len(kept) >= IGNORE:
             raise UserError(
                 f"there are {len(kept)} classes besides the background, but labels end at {IGNORE - 1} and {IGNORE} is "
                 "ignored: choose some in data.classes"
             )
-        self.categories = (ground, *kept)
-        self.class_names = tuple(re.sub(r"[/\\\x00-\x1f\x7f]", "-", name) for name in self.categories)
-        for category, name in zip(self.categories, self.class_names, strict=True):
-            if category != name:  # the names of metrics could not hold it
+        for category, name in zip(kept, names, strict=True):
+            if category != name:
                 rank_zero_info(f"the class {category!r} is called '{name}'")
+        self.categories, self.class_names = (ground, *kept), (ground, *names)
         stated = [(colors or {}).get(name) for name in kept]
         known = [(0, 0, 0), *(color for color in stated if color is not None)]
         self.palette = known if len({*known}) == self.num_classes else voc_palette(self.num_classes)
@@ -422,7 +422,7 @@ def split_of(root: Path, part: Annotations, picture: Picture, sample: Sample) ->
     assert sample.image is not None
     own = part.file.relative_to(root) if part.file.is_relative_to(root) else part.file
     folder = sample.image.parent.relative_to(root) if sample.image.is_relative_to(root) else sample.image.parent
-    for path in (own, PurePath(picture.split), folder):
+    for path in (own.parent if part.one_image else own, PurePath(picture.split), folder):
         for name in reversed(path.parts):
             if found := SPLITS.search(name.lower()):
                 return ("train", "val", "test")[(found.lastindex or 1) - 1]
