@@ -5,8 +5,12 @@ palette, mean, std, bands and value range. That is all that is needed to build t
 training did, and to name the classes. Where a checkpoint meets a data set, the two are compared.
 """
 
+import collections.abc
+import inspect
 import re
 import sys
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
+from . import tensor_file
 from .errors import UserError
 
 RGB = [0, 1, 2]  # the bands that are read of most images where none are named
@@ -64,7 +69,7 @@ def accept(model: Any, checkpoint: dict[str, Any]) -> None:
     own = {key: value.shape for key, value in model.state_dict().items()}
     stored = {key: value.shape for key, value in checkpoint["state_dict"].items()}
     if own != stored:
-        there, here = saved["init_args"] if saved else {}, init_args(model)
+        there, here = saved.get("init_args", {}) if saved else {}, init_args(model)
         differ = [f"{k} {there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here.get(k)]
         layer = min(key for key in own.keys() | stored.keys() if own.get(key) != stored.get(key))
         raise UserError(f"the checkpoint's layers differ from the model's, as {layer}: {'; '.join(differ)}")
@@ -254,14 +259,73 @@ def init_args(model: Any) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint's content. Tensors stay on disk until they are used; nothing but plain types is unpickled.
+    """Return a checkpoint's content: tensors and plain values. Nothing of it is run or imported.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or it is no checkpoint.
     """
-    if not Path(path).is_file():
-        raise UserError(f"the checkpoint {path} does not exist")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = tensor_file.read(path, "the checkpoint")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint, but a {type(content).__name__}: give one that `lightning fit` wrote")
+    return content
+
+
+def check_state(path: str | Path, command: str) -> None:
+    """Check that a checkpoint holds what one of Lightning's commands restores.
+
+    Raises:
+        UserError: if it holds no weights, or weights alone where the command needs more.
+    """
+    content = read(path)
+    weights_of(content, path)
+    needed = {"pytorch-lightning_version"} | (
+        {"loops", "optimizer_states", "lr_schedulers"} if command == "fit" else set()
+    )
+    if needed - content.keys():
+        raise UserError(
+            f"{path} holds weights, but not the state of a run: give --model.weights {path} in place of --ckpt_path"
+        )
+
+
+def weights_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors by name.
+
+    Raises:
+        UserError: if it holds none.
+    """
+    state = content.get("state_dict")
+    if isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()):
+        return state
+    alone = content and all(isinstance(value, torch.Tensor) for value in content.values())
+    more = f", or these weights alone by --model.weights {path} and a config" if alone else ""
+    raise UserError(f"{path} holds no state_dict: give a checkpoint that `lightning fit` wrote{more}")
+
+
+def plain_arguments(cls: type) -> set[str]:
+    """Return the constructor arguments of a network that a checkpoint may set: those whose types are plain.
+
+    A string for any other argument, as ``optimizer``, would name a class or a file. ``weights`` would name a file too.
+    """
+    found: dict[str, bool] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and base.__module__.partition(".")[0] not in ("lightning", "torch", "builtins"):
+            try:
+                hints = typing.get_type_hints(base.__init__)  # type: ignore[misc]
+            except NameError:  # of a type that only a type checker imports
+                hints = {}
+            names = list(inspect.signature(base.__init__).parameters)[1:]  # type: ignore[misc]
+            found = {name: is_plain_type(hints.get(name, Any)) for name in names} | found
+    return {name for name, plain in found.items() if plain} - {"weights", "kwargs"}
+
+
+def is_plain_type(kind: Any) -> bool:
+    """Return whether a type has plain values only, as ``int | None`` or ``Sequence[float]``."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return True
+    if origin in (typing.Union, types.UnionType, list, tuple, collections.abc.Sequence):
+        return all(is_plain_type(part) for part in typing.get_args(kind) if part is not Ellipsis)
+    return kind in (bool, int, float, str, type(None))
 
 
 def load_trained(model: Any, path: str | Path) -> None:
@@ -275,22 +339,35 @@ def load_trained(model: Any, path: str | Path) -> None:
         UserError: if there is no such file, it holds no weights, or it is of another network; the message names both.
     """
     checkpoint = read(path)
-    if "state_dict" not in checkpoint:
-        raise UserError(f"{path} holds no state_dict: give a checkpoint that `lightning fit` wrote")
+    state = weights_of(checkpoint, path)
     model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
+    model.load_state_dict(state)
 
 
 def model_of(path: str | Path) -> dict[str, Any]:
-    """Return what builds a checkpoint's network: ``class_path`` and ``init_args``.
+    """Return what builds a checkpoint's network: ``class_path``, one of ours, and plain ``init_args``.
 
     Raises:
-        UserError: if there is no such file, or the checkpoint does not say it.
+        UserError: if there is no such file, the checkpoint does not say it, or names another class or argument.
     """
     saved = read(path).get("segmentation")
     if saved is None:
         raise UserError(f"the checkpoint {path} does not say how its model is built: give the run's --config too")
-    return {"class_path": public_path(saved["class_path"]), "init_args": saved["init_args"]}
+    public = public_path(saved["class_path"])
+    package, _, name = public.rpartition(".")
+    ours = sys.modules[__package__]
+    if package != __package__ or name not in set(ours.__all__) - {"SegmentationModule"}:
+        raise UserError(
+            f"the checkpoint {path} is of {public}, which is no network of this package, and is imported only if you "
+            "name it: give the run's --config too"
+        )
+    init_args = {key: value for key, value in saved.get("init_args", {}).items() if key != "weights"}
+    if odd := sorted(init_args.keys() - plain_arguments(getattr(ours, name))):
+        raise UserError(
+            f"the checkpoint {path} sets the argument {odd[0]}, which it may not set for {public}: give the run's "
+            "--config too"
+        )
+    return {"class_path": public, "init_args": init_args}
 
 
 def public_path(class_path: str) -> str:

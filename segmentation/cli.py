@@ -102,7 +102,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         runs.settle(config)
         runs.check_modes(config)
-        runs.find_checkpoint(config)
+        runs.find_checkpoint(config, str(self.subcommand))
         if self.subcommand in ("validate", "test", "predict", "predict_tiff"):
             runs.say_random(config)
         if self.subcommand in ("validate", "test") and any(

@@ -1,6 +1,7 @@
 """How a run is named and logged: what the command settles before it builds anything, and rows of a continued run."""
 
 import csv
+import importlib
 import netrc
 import os
 from collections.abc import Sequence
@@ -100,21 +101,28 @@ def folder(config: Namespace) -> Path | None:
     return Path(found[-1].save_dir) / str(found[-1].name) if found else None
 
 
-def find_checkpoint(config: Namespace) -> None:
+def find_checkpoint(config: Namespace, command: str) -> None:
     """Replace ``last`` or ``best`` by the path of a checkpoint, and take what model and data leave open from it.
 
+    Args:
+        config: the parsed arguments of the command, which are changed.
+        command: its name.
+
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if there is no such checkpoint, it is damaged, or `weights_only` would let it run commands.
     """
+    if config.get("weights_only") is False:
+        raise UserError("weights_only: false lets a checkpoint run commands on this machine: leave weights_only out")
     if not config.get("ckpt_path"):
         return
     if config.ckpt_path in ("last", "best"):
         config.ckpt_path = checkpoints.newest(folder(config), config.ckpt_path)
-    if "://" not in config.ckpt_path and not Path(config.ckpt_path).is_file():
-        raise UserError(f"the checkpoint {config.ckpt_path} does not exist")
+    if command in ("fit", "validate", "test", "predict"):  # Lightning reads the file again
+        checkpoints.check_state(config.ckpt_path, command)
+        config.weights_only = True
     if config.get("model") is not None and "weights" in config.model.init_args:
-        take_from_checkpoint(config.model.init_args, config.ckpt_path)
-    if config.get("data") is not None and "://" not in config.ckpt_path:
+        take_from_checkpoint(config.model, config.ckpt_path)
+    if config.get("data") is not None:
         take_bands(config.data.init_args, config.ckpt_path)
 
 
@@ -131,22 +139,23 @@ def say_random(config: Namespace) -> None:
 
 def take_bands(init_args: Namespace, path: str) -> None:
     """Read images as training did: give ``bands`` and ``value_range`` of None the values in a checkpoint."""
-    saved = checkpoints.read(path).get("segmentation", {})
+    saved = checkpoints.read(path).get("segmentation") or {}
     for key in ("bands", "value_range"):
         if saved.get(key) is not None and key in init_args and init_args[key] is None:
             init_args[key] = saved[key]
             rank_zero_info(f"data.{key} is {saved[key]}, as in the checkpoint")
 
 
-def take_from_checkpoint(init_args: Namespace, path: str) -> None:
-    """Leave the weights to the checkpoint, and give arguments of None the values that it stores."""
-    init_args.weights = None
-    if "://" in path:  # Lightning reads it later
-        return
-    saved = checkpoints.read(path).get("segmentation", {}).get("init_args", {})
-    for key, value in weights.settle(vars(init_args), weights.Weights(path, defaults=saved)).items():
-        if key in init_args:
-            init_args[key] = value
+def take_from_checkpoint(model: Namespace, path: str) -> None:
+    """Leave the weights to the checkpoint, and give plain arguments of None the values that it stores."""
+    module, _, name = model.class_path.rpartition(".")
+    plain = checkpoints.plain_arguments(getattr(importlib.import_module(module), name))  # a class that the user named
+    saved = checkpoints.read(path).get("segmentation") or {}
+    defaults = {key: value for key, value in saved.get("init_args", {}).items() if key in plain}
+    model.init_args.weights = None
+    for key, value in weights.settle(vars(model.init_args), weights.Weights(path, defaults=defaults)).items():
+        if key in model.init_args:
+            model.init_args[key] = value
 
 
 def log_offline_without_key(config: Namespace) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from .. import tensor_file
 from ..errors import UserError
 from .published import IMAGENET, LAYOUTS, State
 
@@ -104,10 +105,10 @@ def read_weights(path: str, network: str) -> Weights:
     """
     if path in ("imagenet", "coco"):
         raise UserError(f"weights: nobody has published '{path}' weights for this {network}: name a file, or null")
-    if not Path(path).is_file():
+    if "://" not in path and not Path(path).exists():
         raise UserError(f"weights: {path} is neither a file nor one of 'imagenet' and 'coco'")
     with torch.serialization.safe_globals(numpy_scalars()):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = tensor_file.read(path, "weights:")
     saved = content.get("segmentation") if isinstance(content, dict) else None
     if saved is not None and saved["class_path"].rpartition(".")[2] != network:
         raise UserError(f"weights: {path} is a checkpoint of {saved['class_path']}, but the model is {network}")
@@ -124,7 +125,7 @@ def read_weights(path: str, network: str) -> Weights:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     if saved is not None:
-        return Weights(path, state, defaults=saved["init_args"], known=saved)
+        return Weights(path, state, defaults=saved.get("init_args", {}), known=saved)
     layout = next((layout for layout in LAYOUTS if layout.matches(state)), None)
     if layout is None:
         return Weights(path, state)
