@@ -118,6 +118,12 @@ CASES = {
         lambda r: save(r / "masks/train/05.png", np.zeros((40, 64), np.uint8)), {}, "error",
         ["1 mask of another size", "05.png is 64 x 40 pixels, its image 64 x 48"], "masks/train/05.png",
     ),
+    "masks of half the size": (
+        lambda r: Image.open(r / "masks/val/01.png").resize((32, 24), Image.Resampling.NEAREST).save(
+            r / "masks/val/01.png"), {}, "error",
+        ["1 mask of another size", "01.png is 32 x 24 pixels, its image 64 x 48", "data.resize_masks: true"],
+        "masks/val/01.png",
+    ),
     "image turned by EXIF": (
         lambda r: rotated(r / "images/train/01.jpg", 6), {}, "error", ["64 x 48 pixels, its image 48 x 64", "EXIF"],
         "masks/train/01.png",
@@ -423,6 +429,38 @@ def test_255_around_objects_is_no_error(tmp_path):
     assert not any(
         "255 among" in f.text for f in examine(folder(root, class_names=["a", "b"], void_values=[255])).findings
     )
+
+
+def test_masks_of_0_and_255_among_masks_of_three_classes_are_said(tmp_path):
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    each_mask(root, lambda mask: np.where(mask == 255, 0, mask).astype(np.uint8))
+    save(root / "masks/train/02.png", ((labels_of(root, "train/02") == 1) * 255).astype(np.uint8))
+    found = examine(folder(root))
+    (finding,) = [f for f in found.findings if "of 0 and 255 among" in f.text]
+    assert finding.severity == "warning" and finding.files == [str(root / "masks/train/02.png")]
+    assert finding.text == "1 mask of 0 and 255 among 10 masks of 0 and 1 and 2"
+    for setting in ({"void_values": [255]}, {"label_map": {0: 0, 1: 1, 2: 2, 255: 1}}):
+        assert not any("255" in f.text for f in examine(folder(root, **setting)).findings)
+
+
+def test_deep_grey_is_scaled_by_one_range_which_is_said(tmp_path):
+    """12 bits in 16: mean and std are those of the pixels over 4095, as fit scales them."""
+    root = draw_tree(tmp_path / "tree", {"train": 4, "val": 1})
+    rng, arrays = np.random.default_rng(0), []
+    for path in sorted(root.glob("images/*/*.jpg")):
+        pixels = rng.integers(0, 4000, (48, 64)).astype(np.uint16)
+        save(path.with_suffix(".png"), pixels)
+        path.unlink()
+        arrays += [pixels / 4095] if path.parent.name == "train" else []
+    found = examine(folder(root, test_split="val"))
+    assert not found.failed, found.verdict
+    assert any("5 images of more than 8 bits, scaled by data.value_range: [0, 4095]" in str(f) for f in found.findings)
+    np.testing.assert_allclose(found.mean, [np.mean(arrays)] * 3, rtol=1e-9)
+    np.testing.assert_allclose(found.std, [np.std(arrays)] * 3, rtol=1e-9)
+    assert yaml.safe_load(yaml_block(found))["data"]["init_args"]["value_range"] == [0.0, 4095.0]
+    data = folder(root)
+    data.setup("fit")
+    assert data.value_range == [0.0, 4095.0]
 
 
 def test_few_files_prove_no_absence(tmp_path):

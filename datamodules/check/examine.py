@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..base import IGNORE, SegmentationDataModule, voc_palette
+from ..base import IGNORE, SegmentationDataModule, range_of, voc_palette
 from ..dataset import LabelTable
 from ..decode import Sample
 from ..errors import UserError
@@ -114,7 +114,7 @@ def add_up(
     none = np.zeros(completed.num_classes + 2, np.int64)
     train = [f for f in facts if f.split == "train"]
     train_counts = np.stack([none, *(f.counts for f in train)])[:, :-2]
-    mean, std = mean_and_std(train)
+    mean, std = mean_and_std(train, completed.value_range)
     found = Examination(
         given=data,
         data=completed,
@@ -172,6 +172,10 @@ def complete(data: SegmentationDataModule, facts: Sequence[Facts]) -> Segmentati
     which is the order of `Folder`.
     """
     known = copy.copy(data)
+    limits = [(f.dtype, *f.limits) for f in facts if f.limits is not None and f.split == "train"]
+    if limits and data.bands is None and data.value_range is None:
+        types, lows, highs = zip(*limits, strict=True)
+        known.value_range = range_of(getattr(torch, types[0]), min(lows), max(highs))
     train = {value for f in facts if f.split == "train" for value in f.values}
     declared = {*data.void_values, *(data.label_map or ())}
     is_binary = train == {0, IGNORE} and IGNORE not in declared and data.num_classes != 1
@@ -233,8 +237,8 @@ def median_frequency(counts: np.ndarray) -> np.ndarray:
     return np.where(around > 0, np.nanmedian(frequency) / frequency, 1.0)
 
 
-def mean_and_std(facts: Sequence[Facts]) -> tuple[list[float], list[float]]:
-    """Compute mean and standard deviation per band of all pixels, scaled to 0..1.
+def mean_and_std(facts: Sequence[Facts], value_range: Sequence[float] | None = None) -> tuple[list[float], list[float]]:
+    """Compute mean and standard deviation per band of all pixels, scaled to 0..1 by `value_range` or the type's range.
 
     Both are empty if no image could be read or the images differ in their number of bands.
     """
@@ -245,4 +249,9 @@ def mean_and_std(facts: Sequence[Facts]) -> tuple[list[float], list[float]]:
     n = sum(f.shape[1] * f.shape[2] for f in usable)
     mean = [math.fsum(values) / n for values in zip(*(f.sums for f in usable), strict=True)]
     square = [math.fsum(values) / n for values in zip(*(f.squares for f in usable), strict=True)]
-    return mean, [math.sqrt(max(q - m * m, 0.0)) for m, q in zip(mean, square, strict=True)]
+    std = [math.sqrt(max(q - m * m, 0.0)) for m, q in zip(mean, square, strict=True)]
+    if value_range is None:
+        return mean, std
+    (low, high), dtype = value_range, np.dtype(usable[0].dtype)
+    full = float(np.iinfo(dtype).max) if dtype.kind in "iu" else 1.0
+    return [(m * full - low) / (high - low) for m in mean], [s * full / (high - low) for s in std]

@@ -34,6 +34,7 @@ class Facts:
         dtype: type of the image as read.
         size: bytes of the decoded image and mask.
         finite: whether all pixels of the image are numbers.
+        limits: lowest and highest value of an image of more than 8 bits, without nan; None of others.
         constant: whether each band of the image has one single value.
         content: hash of the image's pixels; "" after a quick look.
         mask_content: hash of the mask's pixels.
@@ -57,6 +58,7 @@ class Facts:
     dtype: str = ""
     size: int = 0
     finite: bool = True
+    limits: tuple[float, float] | None = None
     constant: bool = False
     content: str = ""
     mask_content: str = ""
@@ -111,6 +113,7 @@ def look_at(split: str, sample: Sample, read: Callable[[], Pair] | None = None, 
     facts.shape, facts.dtype, facts.size = image.shape, image.dtype.name, image.nbytes
     facts.mode = facts.mode or f"{len(image)} x {image.dtype.name}"
     facts.finite = image.dtype.kind != "f" or bool(np.isfinite(image).all())
+    facts.limits = None if image.dtype == np.uint8 else limits_of(image)
     facts.constant = bool((image[:, :1] == image[:, :1, :1]).all() and (image == image[:, :1, :1]).all())
     if mask is not None:
         facts.mask_shape, facts.size = mask.shape, image.nbytes + mask.nbytes
@@ -122,6 +125,12 @@ def look_at(split: str, sample: Sample, read: Callable[[], Pair] | None = None, 
         facts.sums, facts.squares = moments(image)
         facts.content, facts.mask_content = digest(image), "" if mask is None else digest(mask)
     return facts
+
+
+def limits_of(image: np.ndarray) -> tuple[float, float] | None:
+    """Return the lowest and the highest number in an image; None if it holds none."""
+    numbers = image[np.isfinite(image)] if image.dtype.kind == "f" else image
+    return (float(numbers.min()), float(numbers.max())) if numbers.size else None
 
 
 def header(path: Path | None) -> tuple[str, int, list[Color]]:

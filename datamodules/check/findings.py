@@ -169,6 +169,10 @@ def in_files(found: Examination) -> Iterator[Finding]:
         text = f"{count(len(bad), 'image')} turned or mirrored on reading by the EXIF orientation"
         advice = "Their sizes do not show whether the masks are turned too: look at the page"
         yield Finding("warning", text, bad, advice=advice)
+    if deep := [f for f in read if f.limits is not None and found.given.bands is None]:
+        bounds = ", ".join(f"{value:g}" for value in found.data.value_range or ())
+        text = f"{count(len(deep), 'image')} of more than 8 bits, scaled by data.value_range: [{bounds}]"
+        yield Finding("note", text, deep)
     if bad := [f for f in read if f.constant]:
         yield Finding("warning", f"{count(len(bad), 'image')} of one single colour", bad)
 
@@ -210,18 +214,21 @@ def in_255(found: Examination) -> Iterator[Finding]:
     only = [f for f in masks if {0, IGNORE} == f.values.keys()]
     objects = [f for f in masks if f.values.keys() - {0, IGNORE}]
     labels = {**(given.label_map or {0: 0, **({1: 1} if objects else {})}), IGNORE: 1}
-    advice = f"{IGNORE} means 'ignored': if it is your object, set data.label_map: {labels}; if it is to be ignored, "
+    setting = f"set data.label_map: {labels}" if classes == 2 or not objects else "give it a label in data.label_map"
+    advice = f"{IGNORE} means 'ignored': if it is your object, {setting}; if it is to be ignored, "
     advice += f"set data.void_values: [{IGNORE}]"
     if only and not objects:
         severity = "error" if found.trains or (classes == 2 and len(only) > 1) else "warning"
         yield Finding(severity, f"the masks hold 0 and {IGNORE} only", only, mask=True, advice=advice)
-    elif only and classes == 2:
-        both = any(IGNORE in f.values for f in objects)  # so 255 is the border of objects in some masks
+        return
+    both = any(IGNORE in f.values for f in objects)  # so 255 is the border of objects in some masks
+    if only and (classes == 2 or not both):
         others = " and ".join(map(str, sorted({v for f in objects for v in f.values})[:4]))
         text = f"{count(len(only), 'mask')} of 0 and {IGNORE} among {count(len(objects), 'mask')} of {others}"
         names = ", ".join(f.file(mask=True) for f in only[:SHOWN])
         detail = names + (f" and {len(only) - SHOWN:,} more" if only[SHOWN:] else "")
-        yield Finding("warning" if both else "error", text, only, mask=True, detail=detail, advice=advice)
+        severity = "error" if classes == 2 and not both else "warning"
+        yield Finding(severity, text, only, mask=True, detail=detail, advice=advice)
 
 
 def in_colors(found: Examination) -> Iterator[Finding]:
@@ -366,7 +373,7 @@ def in_modes(found: Examination) -> Iterator[Finding]:
     photos = not any(f.sample.mask or f.values for f in read)  # such are read one by one
     for severity, what, kinds in (
         ("error", "numbers of bands", [f.shape[0] for f in read]),
-        ("warning" if photos else "error", "types, each scaled by its own range", [f.dtype for f in read]),
+        ("warning" if photos else "error", "types of images", [f.dtype for f in read]),
         ("warning", "modes among the images", [f.mode for f in read]),
         ("warning", "modes among the masks", [f.mask_mode for f in read]),
     ):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..base import IGNORE
-from ..dataset import LabelTable
+from ..dataset import LabelTable, resize_nearest, same_proportions
 from ..decode import Sample
 from ..errors import UserError
 from .facts import Facts
@@ -85,7 +85,11 @@ def unmendable(facts: Facts) -> str:
         return "its image holds values that are no numbers"
     if facts.counts[-1]:
         return "its mask holds values that belong to no class"
-    if facts.mask_shape != facts.shape[1:] and not is_turned(facts) and not same_aspect(facts):
+    if (
+        facts.mask_shape != facts.shape[1:]
+        and not is_turned(facts)
+        and not same_proportions(facts.mask_shape, facts.shape[1:])
+    ):
         (height, width), (_, rows, columns) = facts.mask_shape, facts.shape
         return f"its mask is {width} x {height} pixels, its image {columns} x {rows}"
     return ""
@@ -94,12 +98,6 @@ def unmendable(facts: Facts) -> str:
 def is_turned(facts: Facts) -> bool:
     """Return whether the mask has the size of the image's stored pixels, before its EXIF orientation turned them."""
     return facts.turned in UPRIGHT and facts.mask_shape[::-1] == facts.shape[1:] != facts.mask_shape
-
-
-def same_aspect(facts: Facts) -> bool:
-    """Return whether image and mask have the same shape but for a factor, up to half a pixel."""
-    (height, width), (_, rows, columns) = facts.mask_shape, facts.shape
-    return min(height, width) > 0 and abs(height * columns - width * rows) <= 0.5 * max(height, width, rows, columns)
 
 
 def copy_sample(
@@ -118,12 +116,13 @@ def copy_sample(
     sample = facts.sample
     pixels, values = sample.read()
     assert values is not None  # see `unmendable`
-    image, labels = pixels.numpy(), Image.fromarray(table(values).byte().numpy())
+    image, stored = pixels.numpy(), table(values).byte()
+    is_resized = facts.mask_shape != facts.shape[1:] and not is_turned(facts)
+    labels = Image.fromarray((resize_nearest(stored, facts.shape[1:]) if is_resized else stored).numpy())
     if is_turned(facts):
         labels = labels.transpose(UPRIGHT[facts.turned])
         mended["masks turned by the EXIF orientation of their image"] += 1
-    elif facts.mask_shape != facts.shape[1:]:
-        labels = labels.resize((facts.shape[2], facts.shape[1]), Image.Resampling.NEAREST)
+    elif is_resized:
         mended["masks scaled to the size of their image"] += 1
     if sample.colors:
         mended["masks in colour written as labels"] += 1

@@ -49,6 +49,7 @@ def yaml_block(found: Examination) -> str:
     if void_colors := getattr(data, "void_colors", None):
         values["void_colors"] = [[*color] for color in void_colors]
     values["label_map"], values["crop_size"] = data.label_map, crop_size(found)
+    values["value_range"] = data.value_range
     comments = {
         "mean": "of these images; leave out mean and std if pretrained weights bring their own",
         "class_weights": "median frequency; leave out to give all pixels the same weight",
