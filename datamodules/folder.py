@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from .base import SegmentationDataModule, check_names, voc_palette
-from .class_map import CLASS_MAPS, Color, colors_found, is_color, read_class_map
+from .base import IGNORE, SegmentationDataModule, check_names, voc_palette
+from .class_map import CLASS_MAPS, Color, colors_found, read_class_map, shown_in_color
 from .decode import Sample
 from .errors import UserError
 from .files import files_under, folder_of, pair, read_lines, split_by_hash
@@ -175,19 +175,45 @@ class Folder(SegmentationDataModule):
         return found
 
     def look_at_colors(self) -> None:
-        """Find out once whether the masks are in colour, and which classes they show or why that is not known."""
+        """Find out once whether the masks are in colour, and which classes they show or why that is not known.
+
+        All files decide. Masks in RGB, and palettes in which a value has the colour of another label, are read by the
+        colours of `palette` or a class map.
+        """
         if self.looked or self.root is None or not (self.root / self.dirs[1]).is_dir():
             return
         self.looked = True
         masks = [p for n, p in files_under(self.root / self.dirs[1]).items() if n.endswith(self.suffixes[1])]
-        if masks and is_color(masks[0]):
+        given = self.given_colors()
+        labels = self.label_map or {*range(self.num_classes), *self.void_values, IGNORE}
+        if (IGNORE,) * 3 in given and IGNORE not in self.void_values:
+            labels = {*labels} - {IGNORE}  # white is a class
+        shown = None
+        if self.mask_threshold is None:
+            shown = shown_in_color(masks, given, labels, all_files=not self.class_names)
+        if shown is not None:
             try:
-                self.learn_colors(masks)
+                self.learn_colors(masks, shown[1])
             except UserError as error:
                 self.colors_unknown = str(error)
 
-    def learn_colors(self, masks: Sequence[Path]) -> None:
+    def given_colors(self) -> list[Color]:
+        """Return the colours of `palette` or a class map, and the ignored ones; [] without these."""
+        if self.palette_given:
+            return [*self.palette, *self.void_colors]
+        if self.class_map is None:
+            return []
+        try:
+            return [*read_class_map(self.class_map)[1], *self.void_colors]
+        except UserError:
+            return []  # an error only if the masks are in colour, see `learn_colors`
+
+    def learn_colors(self, masks: Sequence[Path], shown: str) -> None:
         """Set the classes, the palette and the colour of each label.
+
+        Args:
+            masks: all masks.
+            shown: a sentence's beginning that says which mask is in colour.
 
         Raises:
             UserError: if nothing names the classes of the colours, a class map cannot be read or has another number of
@@ -202,14 +228,17 @@ class Folder(SegmentationDataModule):
                 )
             self.class_names, self.palette = self.class_names or names, colors
         elif not self.palette_given and self.num_classes:
+            cure = ", or save all masks with one palette" if "the palette" in shown else ""
             raise UserError(
-                f"{masks[0]} is a mask in colour, and the classes of its colours are not known: give one colour per "
-                f"class in data.palette, or a {CLASS_MAPS[0]} in {self.root} (README, 'Masks in colour')"
+                f"{shown}, and the classes of the colours are not known: give one colour per class in data.palette, or "
+                f"a {CLASS_MAPS[0]} in {self.root} (README, 'Masks in colour'){cure}"
             )
         elif not self.palette_given:
             self.palette = [color for color in colors_found(masks) if color not in self.void_colors]
             self.class_names = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in self.palette]
             rank_zero_info(f"each colour of the masks is a class: {', '.join(self.class_names)}")
+        else:
+            rank_zero_info(f"{shown}: all masks are read by the colours of data.palette")
         self.colors = (*self.palette, *self.void_colors)
         beyond = range(self.num_classes, len(self.colors))  # the labels that `labels_of_colors` gives void colours
         self.void_values = (*self.void_values, *beyond)

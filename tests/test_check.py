@@ -164,7 +164,7 @@ CASES = {
     "palettes that differ": (
         lambda r: (palette_mask(r / "masks/train/01.png", [9, 9, 9, 200, 30, 0]),
                    palette_mask(r / "masks/train/04.png", [200, 30, 0, 9, 9, 9])),
-        {}, "warning", ["1 palette mask whose palette differs"], "masks/train/04.png",
+        {}, "error", ["the palettes of", "04.png give the value 0 different colours", "data.palette"], None,
     ),
     "mixed mask modes": (
         lambda r: palette_mask(r / "masks/train/01.png", [9, 9, 9]), {}, "warning",

@@ -475,7 +475,7 @@ def test_lossy_masks_in_colour_are_refused(tmp_path):
     for i in range(3):
         save(tmp_path / f"images/{i}.jpg", picture(i))
         save(tmp_path / f"masks/{i}.jpg", picture(i))
-    with pytest.raises(ValueError, match=r"more than 256 are no classes, but what JPEG"):
+    with pytest.raises(ValueError, match=r"more than 255 are no classes, but what JPEG"):
         Folder(tmp_path).setup("fit")
 
 

@@ -459,3 +459,96 @@ def test_a_batch_of_two_types_names_both():
     items = [{"image": torch.zeros(3, 4, 4, dtype=t), "name": n} for t, n in ((torch.uint8, "a"), (torch.uint16, "b"))]
     with pytest.raises(UserError, match="a has 3 bands of uint8 and b has 3 bands of uint16"):
         collate(items)
+
+
+# Masks in colour: all files decide
+
+BLACK, WHITE, RED, GREY = (0, 0, 0), (255, 255, 255), (255, 0, 0), (128, 128, 128)
+
+
+def three(i: int) -> np.ndarray:
+    labels = disc(i)
+    labels[30:, 40:] = 2
+    return labels
+
+
+def colour_tree(root: Path, colours, first=None, mode: str = "RGB") -> Path:
+    """Write masks in colours; `first` changes the labels of the first file."""
+
+    def write(path: Path, i: int) -> None:
+        labels = first(three(i)) if first and i == 0 else three(i)
+        Image.fromarray(np.array(colours, np.uint8)[labels]).convert(mode).save(f"{path}.png")
+
+    return tree(root, lambda path, i: Image.fromarray(disc(i) * 90).save(f"{path}.png"), write)
+
+
+@pytest.mark.parametrize("colours", [[BLACK, WHITE, RED], [BLACK, WHITE, GREY]])
+@pytest.mark.parametrize("first", [None, lambda m: m % 2, lambda m: m * 0])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_given_colours_are_used_whatever_the_first_mask_shows(colours, first, mode, tmp_path):
+    root = colour_tree(tmp_path, colours, first, mode)
+    data = data_of(root, class_names=["bg", "a", "b"], palette=colours)
+    data.setup("fit")
+    found = {s.name: data.datasets["train"].read(i)[1] for i, s in enumerate(data.datasets["train"].samples)}
+    assert found["0"].tolist() == (first(three(0)) if first else three(0)).tolist()
+    assert found["3"].tolist() == three(3).tolist()
+
+
+def test_grey_masks_are_read_by_given_colours_that_are_all_grey(tmp_path):
+    root = colour_tree(tmp_path, [BLACK, WHITE, GREY], mode="L")
+    data = data_of(root, class_names=["bg", "a", "b"], palette=[BLACK, WHITE, GREY])
+    data.setup("validate")
+    assert data.datasets["val"].read(0)[1].tolist() == three(4).tolist()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_labels_stay_labels_where_the_palette_colours_pictures_alone(mode, tmp_path):
+    root = colour_tree(tmp_path, [(k, k, k) for k in range(3)], mode=mode)
+    for palette in ([BLACK, WHITE, RED], [BLACK, WHITE, GREY]):
+        data = data_of(root, class_names=["bg", "a", "b"], palette=palette)
+        data.setup("validate")
+        assert data.datasets["val"].read(0)[1].tolist() == three(4).tolist()
+
+
+def palette_tree(root: Path, order) -> Path:
+    def write(path: Path, i: int) -> None:
+        place = np.array(order(i), np.uint8)
+        picture, table = Image.fromarray(place[three(i)]), np.zeros((3, 3), np.uint8)
+        table[place] = [BLACK, RED, (0, 0, 255)]
+        picture.putpalette(table.flatten().tolist())
+        picture.save(f"{path}.png")
+
+    return tree(root, lambda path, i: Image.fromarray(disc(i) * 90).save(f"{path}.png"), write)
+
+
+@pytest.mark.parametrize("order", [lambda i: np.roll([0, 1, 2], i), lambda i: [0, 2, 1], lambda i: [0, 1, 2]])
+def test_palettes_are_read_by_the_colours_of_a_class_map(order, tmp_path):
+    root = palette_tree(tmp_path, order)
+    (root / "class_dict.csv").write_text("name,r,g,b\nbg,0,0,0\na,255,0,0\nb,0,0,255\n")
+    data = data_of(root, class_names=None)
+    data.setup("fit")
+    for role in ("train", "val"):
+        for k, sample in enumerate(data.datasets[role].samples):
+            assert data.datasets[role].read(k)[1].tolist() == three(int(sample.name)).tolist()
+
+
+def test_palettes_that_differ_need_colours(tmp_path):
+    root = palette_tree(tmp_path / "differ", lambda i: np.roll([0, 1, 2], i))
+    words = r"the palettes of .*\.png and .*\.png give the value \d different colours.*data\.palette"
+    with pytest.raises(UserError, match=words):
+        data_of(root, class_names=["bg", "a", "b"]).setup("fit")
+    data = data_of(root, class_names=["bg", "a", "b"], palette=[BLACK, RED, (0, 0, 255)])
+    data.setup("validate")
+    assert data.datasets["val"].read(0)[1].tolist() == three(4).tolist()
+    data = data_of(root, class_names=None)
+    data.setup("validate")  # each colour is a class, in the order of the codes
+    assert data.class_names == ["#000000", "#0000ff", "#ff0000"]
+    assert data.datasets["val"].read(0)[1].tolist() == np.array([0, 2, 1])[three(4)].tolist()
+
+
+def test_palettes_that_agree_hold_labels(tmp_path):
+    root = palette_tree(tmp_path, lambda i: [0, 1, 2])
+    for palette in (None, [(9, 9, 9), RED, (1, 2, 3)]):
+        data = data_of(root, class_names=["bg", "a", "b"], palette=palette)
+        data.setup("validate")
+        assert data.datasets["val"].read(0)[1].tolist() == three(4).tolist()
