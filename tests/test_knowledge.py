@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules import Folder
+from datamodules.check import examine
 from datamodules.errors import UserError as DataError
 from segmentation import UNet, checkpoints, cli
 from segmentation.commands.export import export
@@ -245,6 +246,15 @@ def test_names_that_tell_no_classes_apart_are_refused(names, words, tmp_path):
     (tmp_path / "class_dict.csv").write_text("".join(f"{name},{i},0,0\n" for i, name in enumerate(names)))
     with pytest.raises(DataError, match=words):
         Folder(tmp_path)
+
+
+def test_names_that_a_data_set_states_are_refused_in_the_same_words(tree):
+    """By a run and by the doctor: its class names are no argument."""
+    data = Folder(tree, CLASSES)
+    data.class_names = ["bg", "car", "car"]
+    for look in (lambda: data.setup("fit"), lambda: examine(data)):
+        with pytest.raises(DataError, match="labels 1 and 2 are both called 'car'"):
+            look()
 
 
 def test_two_stored_values_may_be_one_class(tree):

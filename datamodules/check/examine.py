@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..base import IGNORE, SegmentationDataModule, range_of, voc_palette
+from ..base import IGNORE, SegmentationDataModule, check_names, range_of, voc_palette
 from ..dataset import LabelTable
 from ..decode import Sample
 from ..errors import UserError
@@ -32,12 +32,13 @@ def examine(data: SegmentationDataModule, workers: int | None = None) -> Examina
             took twice the time on two cores, and ten times if each must import torch first.
 
     Raises:
-        UserError: if a missing folder leaves nothing to look at, or the arguments of the data set contradict each
-            other.
+        UserError: if a missing folder leaves nothing to look at, names tell no classes apart, or the arguments of the
+            data set contradict each other.
     """
     data.prepare_data()
     splits = list(dict.fromkeys(("train", "val", data.test_split)))
     listed, findings = list_splits(data, splits)
+    check_names(data.class_names)
     columns = (TextColumn("looking at the files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, Progress(*columns, transient=True) as bar:
         facts = list(bar.track(pool.map(look_at, *zip(*listed, strict=True)), len(listed))) if listed else []
