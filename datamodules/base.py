@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torchvision.transforms import v2
 
-from .dataset import Cache, EpochSampler, LabelTable, SegmentationDataset, collate
+from .dataset import Cache, EpochSampler, LabelTable, LateLoader, SegmentationDataset, collate
 from .decode import Sample
 from .download import Archive, fetch
 from .errors import UserError
@@ -440,7 +440,7 @@ class SegmentationDataModule(L.LightningDataModule):
                     f"trainer.overfit_batches {overfit} of the {count} batches of '{role}' is less than one batch: set "
                     "it to 1"
                 )
-        return DataLoader(
+        return (LateLoader if train else DataLoader)(
             dataset,
             batch_size=batch_size,
             sampler=sampler,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -318,3 +318,14 @@ class EpochSampler(DistributedSampler):
         if self.train:
             return self.length // self.num_replicas
         return len(range(self.rank, self.length, self.num_replicas))
+
+
+class LateLoader(DataLoader):
+    """A loader whose workers begin when the first batch is asked for.
+
+    A resumed run makes the iterator before Lightning tells the sampler which epoch it is. Workers that begin at once
+    would then read the first batches of epoch 0 again.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()

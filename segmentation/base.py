@@ -207,6 +207,11 @@ class SegmentationModule(L.LightningModule):
             norm.eval()
         return self
 
+    def on_train_start(self) -> None:
+        """Freeze batch norm: Lightning does not call `train`, but keeps the modes in which it finds the layers."""
+        for norm in frozen_norms(self):
+            norm.eval()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the losses, and log each.
 
