@@ -30,7 +30,8 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from datamodules.check.findings import Examination
 
-SMALL = 100  # training images below which the network is narrow and the learning rate high
+SMALL = 100  # training images below which the network is narrow and the window small
+SHORT = 3000  # steps below which the learning rate is high
 FEW = 10  # validation images below which the score is a rough one
 FEW_STEPS = 300  # below which the network is narrow, and a line says so
 SHARE = 0.9  # of the minutes that are planned: logging, pictures and the reading of data need the rest
@@ -100,9 +101,9 @@ def write_recipe(found: "Examination", arguments: Mapping[str, Any], minutes: fl
         )
     if "batch_size" not in given:
         data["batch_size"] = cost.batch, batch_comment(cost, device)
-    rate = 0.003 if len(found.of("train")) < SMALL else 0.001
+    rate = 0.003 if steps < SHORT else 0.001
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate, "weight_decay": 0.01}}
-    model["optimizer"] = optimizer, f"lr 0.003 below {SMALL} training images, else 0.001; it falls to 0 (poly)"
+    model["optimizer"] = optimizer, f"lr 0.003 below {SHORT:,} steps, else 0.001; it falls to 0 (poly)"
     model["warmup_steps"] = warmup, "5 % of the steps, at most 250"
     class_path = (arguments.get("class_path") or type(found.given).__name__).removeprefix("datamodules.")
     file.write_text(text(found, class_path, minutes, file, (trainer, model, data)), encoding="utf-8")
