@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 SCALE, TIE_POINTS, TRANSFORMATION, KEYS = 33550, 33922, 34264, 34735
 TAGS = (SCALE, TIE_POINTS, TRANSFORMATION, KEYS, 34736, 34737)  # the last two hold values of keys
 RASTER_TYPE, GEOGRAPHIC, PROJECTED = 1025, 2048, 3072  # keys
@@ -28,9 +26,10 @@ class Place:
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
     epsg: int | None
 
-    def points(self, corners: np.ndarray) -> np.ndarray:
-        """Convert corners of pixels (column, row) to the map: ``(N, 2)`` to ``(N, 2)``."""
-        return np.c_[corners, np.ones(len(corners))] @ np.array(self.matrix).T
+    def points(self, corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Convert corners of pixels (column, row) to the map."""
+        (a, b, c), (d, e, f) = self.matrix
+        return [(a * column + b * row + c, d * column + e * row + f) for column, row in corners]
 
 
 def tags_of(page: Any) -> list[tuple]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from .geotiff import Place
 
+Ring = list[tuple[float, float]]  # corners (x, y), the first of which is not repeated
 WGS84 = 4326  # degrees of longitude and latitude, which GeoJSON takes for granted
 
 
@@ -26,8 +27,8 @@ def geojson(labels: np.ndarray, class_names: Sequence[str], place: Place | None 
     for label in np.unique(labels).tolist():
         for rings in regions(labels == label):
             placed = [ring if place is None else place.points(ring) for ring in rings]
-            turned = [closed(ring, outer=i == 0).tolist() for i, ring in enumerate(placed)]
-            pixels = round(sum(area(ring) for ring in rings))
+            turned = [closed(ring, outer=i == 0) for i, ring in enumerate(placed)]
+            pixels = round(sum(map(area, rings)))
             properties = {"label": label, "class": class_names[label], "pixels": pixels}
             shape = {"type": "Polygon", "coordinates": turned}
             features.append({"type": "Feature", "properties": properties, "geometry": shape})
@@ -37,7 +38,7 @@ def geojson(labels: np.ndarray, class_names: Sequence[str], place: Place | None 
     return {"type": "FeatureCollection", **about, **crs, "features": features}
 
 
-def regions(mask: np.ndarray) -> Iterator[list[np.ndarray]]:
+def regions(mask: np.ndarray) -> Iterator[list[Ring]]:
     """Yield the outlines of each region of a mask, its border first and then its holes.
 
     Pixels that touch at a corner alone belong to two regions. An outline visits no point twice, so the polygons are
@@ -47,24 +48,22 @@ def regions(mask: np.ndarray) -> Iterator[list[np.ndarray]]:
         mask: bool ``(H, W)``.
 
     Yields:
-        rings of corners (x, y), int ``(N, 2)``, not closed. The region lies on the right of a walker, as the picture
-        is seen.
+        rings; the region lies on the right of a walker, as the picture is seen.
     """
     from scipy import ndimage  # takes time to import
 
-    number, _ = ndimage.label(mask)
-    found: dict[int, list[np.ndarray]] = {}
-    for owner, ring in rings_of(mask):
-        found.setdefault(int(number.flat[owner]), []).append(ring)
+    found: dict[int, list[Ring]] = {}
+    for region, ring in rings_of(ndimage.label(mask)[0]):
+        found.setdefault(region, []).append(ring)
     for region in sorted(found):
         yield sorted(found[region], key=area, reverse=True)  # holes have negative areas
 
 
-def rings_of(mask: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield all outlines of a mask bool ``(H, W)``, each with the index of one pixel inside it."""
-    height, width = mask.shape
+def rings_of(number: np.ndarray) -> Iterator[tuple[int, Ring]]:
+    """Yield all outlines of regions that are numbered from 1, int ``(H, W)``, each with the number of its region."""
+    height, width = number.shape
     wide = width + 1  # corners in a row
-    padded = np.pad(mask, 1)
+    padded = np.pad(number > 0, 1)
     inner = padded[1:-1, 1:-1]
     starts, ends, owners = [], [], []
     # the edges of a pixel clockwise: the neighbour beyond it, its first and its last corner
@@ -85,7 +84,7 @@ def rings_of(mask: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     second = np.minimum(following + 1, len(start) - 1)
     fork = (start[second] == end) & (owner[following] != owner)  # two pixels touch at a corner: stay with this one
     following = np.where(fork & (owner[second] == owner), second, following)
-    corner, after, pixel = start.tolist(), following.tolist(), owner.tolist()
+    corner, then, region = start.tolist(), following.tolist(), number.ravel()[owner].tolist()
     seen = bytearray(len(corner))
     for first in range(len(corner)):
         if seen[first]:
@@ -94,10 +93,11 @@ def rings_of(mask: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         while not seen[edge]:
             seen[edge] = 1
             path.append(corner[edge])
-            edge = after[edge]
+            edge = then[edge]
         for loop in simple(path):
-            points = np.array(loop)
-            yield pixel[first], straightened(np.c_[points % wide, points // wide])
+            around = zip(loop[-1:] + loop[:-1], loop, loop[1:] + loop[:1], strict=True)
+            turns = [point for before, point, after in around if point - before != after - point]
+            yield region[first], [(point % wide, point // wide) for point in turns]
 
 
 def simple(path: list[int]) -> Iterator[list[int]]:
@@ -120,19 +120,12 @@ def simple(path: list[int]) -> Iterator[list[int]]:
     yield kept
 
 
-def straightened(ring: np.ndarray) -> np.ndarray:
-    """Leave out the points of a ring ``(N, 2)`` at which it goes straight on."""
-    before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-    return ring[(before != after).any(axis=1)]
+def area(ring: Ring) -> float:
+    """Return the signed area of a ring: positive where x turns towards y."""
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(ring, ring[1:] + ring[:1], strict=True)) / 2
 
 
-def area(ring: np.ndarray) -> float:
-    """Return the signed area of a ring ``(N, 2)``: positive where x turns towards y."""
-    x, y = ring[:, 0].astype(float), ring[:, 1].astype(float)
-    return float((x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2)
-
-
-def closed(ring: np.ndarray, outer: bool) -> np.ndarray:
+def closed(ring: Ring, outer: bool) -> Ring:
     """Turn a ring as GeoJSON asks, borders counterclockwise and holes clockwise, and repeat its first point."""
     ring = ring if (area(ring) > 0) == outer else ring[::-1]
-    return np.concatenate([ring, ring[:1]])
+    return ring + ring[:1]

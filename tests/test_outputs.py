@@ -17,10 +17,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datamodules import SegmentationDataModule
+from datamodules import Polygons, SegmentationDataModule
 from datamodules.decode import Sample
 from segmentation import geotiff, outlines
 from segmentation.callbacks import PredictionWriter
+from segmentation.commands.export import export
+from segmentation.commands.predict_tiff import predict_tiff
 from segmentation.errors import UserError
 from segmentation.outputs import below, writable
 
@@ -308,6 +310,24 @@ def test_coco_annotations_give_the_masks_back(tmp_path):
         predict(samples, tmp_path / "out", polygons="coco")
 
 
+@pytest.mark.parametrize("first", ["background", "ground"])
+def test_coco_annotations_are_a_data_set(first, tmp_path, monkeypatch):
+    """`Polygons` reads them with the images; its background stands before classes that name none."""
+    samples = draw(tmp_path / "data", ["2", "0", "1"])
+    monkeypatch.setattr(Listed, "class_names", (first, "disc", "bar"))
+    predict([Sample(f"{i}", s.image) for i, s in enumerate(samples)], tmp_path / "out", polygons="coco")
+    (tmp_path / "data/annotations.json").write_text((tmp_path / "out/annotations.json").read_text())
+    for mask in (tmp_path / "data").glob("*_mask.png"):
+        mask.unlink()
+    data = Polygons(tmp_path / "data", val_fraction=0, test_fraction=0)
+    listed = data.samples("train")
+    assert len(listed) == 3
+    for sample in listed:
+        labels = sample.read()[1].numpy() - (first == "ground")
+        np.testing.assert_array_equal(labels, draw_pair(int(sample.name))[1])
+    assert list(data.class_names)[-3:] == [first, "disc", "bar"]
+
+
 def test_annotations_of_the_user_are_kept(tmp_path):
     samples, out = draw(tmp_path / "data", ["a"]), tmp_path / "out"
     predict(samples, out)
@@ -361,7 +381,7 @@ def test_a_ring_in_a_ring_keeps_its_hole():
     shapes = outlines.geojson(labels, ["out", "ring"])
     rings = [(f["properties"]["class"], len(f["geometry"]["coordinates"])) for f in shapes["features"]]
     assert rings == [("out", 2), ("out", 2), ("ring", 2), ("ring", 1)]
-    assert shapes["features"][3]["geometry"]["coordinates"] == [[[4, 4], [5, 4], [5, 5], [4, 5], [4, 4]]]
+    assert shapes["features"][3]["geometry"]["coordinates"] == [[(4, 4), (5, 4), (5, 5), (4, 5), (4, 4)]]
 
 
 def geotiff_of(path: Path, image: np.ndarray, *, point: bool = False, matrix: bool = False) -> None:
@@ -396,6 +416,21 @@ def test_degrees_need_no_system_and_other_images_are_in_pixels(tmp_path):
     assert corners == {(10, 50), (11, 50), (11, 49), (10, 49)}
     assert geotiff.place_of({33922: tuple(range(24))}) is None  # ground control points
     assert geotiff.place_of({}) is None and geotiff.read(Path("a.png")) == (None, [])
+
+
+def test_no_command_writes_over_the_checkpoint(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"weights")
+    (tmp_path / "link.pt2").symlink_to(tmp_path / "a.ckpt")
+    model, trainer = Fixed(3, nearest_colour), L.Trainer(accelerator="cpu", logger=False)
+    checkpoint = str(tmp_path / "a.ckpt")
+    for output in ("a.ckpt", "link.pt2"):
+        with pytest.raises(UserError, match="is the checkpoint"):
+            export(trainer, model, checkpoint, format="torch_export", output=str(tmp_path / output))
+        with pytest.raises(UserError, match="is the checkpoint"):
+            predict_tiff(trainer, model, checkpoint, image="a.tif", output=str(tmp_path / output), overwrite=True)
+    with pytest.raises(UserError, match=r"a.ckpt is a file: name another folder"):
+        export(trainer, model, checkpoint, format="torch_export", output=f"{checkpoint}/a.pt2")
+    assert (tmp_path / "a.ckpt").read_bytes() == b"weights"
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from ..base import SegmentationModule
 from ..checkpoints import identity, load_trained
 from ..errors import UserError
+from ..outputs import identities, writable
 
 LEAST = 32  # pixels, the shortest side of an image that a graph for any size accepts
 TOLERANCE = 1e-4  # between probabilities
@@ -68,7 +69,8 @@ def export(
 
     Raises:
         UserError: if no checkpoint is given or it has no weights, the format is unknown, a package is missing, the size
-            is not one or two sides, or the file does not give PyTorch's probabilities.
+            is not one or two sides, the output is the checkpoint or cannot be written, or the file does not give
+            PyTorch's probabilities.
     """
     if ckpt_path is None:
         raise UserError("export needs a trained network: give --ckpt_path")
@@ -83,6 +85,10 @@ def export(
     sides = [size, size] if isinstance(size, int) else list(size or ())
     if len(sides) not in (0, 2) or min(sides, default=1) < 1:
         raise UserError(f"--size is one side, or height and width as [360, 480], got {size}")
+    path = Path(output) if output else Path(ckpt_path).with_suffix(SUFFIXES[format])
+    if identities(path) & identities(Path(ckpt_path)):
+        raise UserError(f"{path} is the checkpoint: name another file with --output")
+    writable(path.parent)
     load_trained(model, ckpt_path)
     low, high = model.value_range or (0, 0)
     if dtype != "float32" and (low < 0 or high > np.iinfo(dtype).max):
@@ -92,7 +98,6 @@ def export(
             f"--dtype {wider}"
         )
     model.channels_last = False  # else the order of the memory would depend on the size
-    path = Path(output) if output else Path(ckpt_path).with_suffix(SUFFIXES[format])
     path.parent.mkdir(parents=True, exist_ok=True)
     write(Predictor(model.cpu().eval()), format, path, sides, dtype)
 
