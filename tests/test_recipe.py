@@ -129,6 +129,21 @@ def test_a_recipe_mends_masks_of_0_and_255(tmp_path, monkeypatch, capsys):
     assert config["model"]["init_args"]["num_classes"] == 2
 
 
+def test_what_no_recipe_mends_is_said(tmp_path, monkeypatch, capsys):
+    """A value without a class is an error with the recipe too, so no command to train is printed."""
+    root = draw_tree(tmp_path / "tree", COUNTS)
+    for path in root.glob("masks/*/*.png"):
+        mask = np.array(Image.open(path))
+        mask[5, 5] = 77
+        Image.fromarray(mask).save(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        main(["check_data", "--data", "Folder", "--data.root", "tree", "--data.class_names", "[a, b, c]"])
+    printed = capsys.readouterr().out
+    assert status.value.code == 1 and "lightning fit" not in printed
+    assert "With the arguments of data in check_data/tree/recipe.yaml: Training would fail: " in printed
+
+
 def test_drawn_data_gets_a_recipe_too(tmp_path):
     data = SyntheticScenes(size=(32, 48), num_train=8, num_val=4, num_test=4)
     config, _ = recipe(data, tmp_path / "out", size=(32, 48), num_train=8, num_val=4, num_test=4)

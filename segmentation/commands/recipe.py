@@ -387,7 +387,7 @@ def seconds_of_reading(found: "Examination", data: Mapping[str, Any]) -> tuple[f
             dataset[0, index]
             reading.append(middle - start)
             items.append(time.perf_counter() - middle)
-    except UserError:  # the doctor names what is wrong with a file
+    except datamodules.errors.UserError:  # the doctor names what is wrong with a file
         return 0.0, 0.0
     read, item = statistics.median(reading), statistics.median(items)
     return (max(0.0, item - read), 0.0) if data.get("cache") else (item, read)
