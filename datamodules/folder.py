@@ -1,9 +1,9 @@
 """Your own data: a folder of images and masks, read without any code."""
 
 import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,7 +12,23 @@ from .base import IGNORE, SegmentationDataModule, check_names, voc_palette
 from .class_map import CLASS_MAPS, Color, colors_found, read_class_map, shown_in_color
 from .decode import Sample
 from .errors import UserError
-from .files import files_under, folder_of, pair, read_lines, split_by_hash
+from .files import (
+    cells,
+    difference,
+    folded,
+    folder_of,
+    located,
+    pair,
+    parts_of,
+    read_lines,
+    say_once,
+    share_of,
+    split_folders,
+    split_lists,
+    stems,
+)
+
+HEADER = ("image", "images", "img", "file", "filename", "path", "image_path", "mask", "masks", "label", "mask_path")
 
 
 class Folder(SegmentationDataModule):
@@ -20,9 +36,10 @@ class Folder(SegmentationDataModule):
 
     The splits come from the first of these that exists:
 
-    - folders ``images/train``, ``masks/train``, ``images/val``, ...
-    - lists ``train.txt``, ``val.txt``, ``test.txt`` in the root. A line is a name, or the paths of an image and of a
-      mask below the root. Lists are the safest choice for a folder that grows.
+    - folders ``images/train``, ``masks/train``, ``images/val``, ..., or ``train/images``, ``train/masks``, ...; ``val``
+      may be called ``valid``, ``validation`` or ``dev``. Without it, a share of train becomes val.
+    - lists ``train.txt``, ``val.txt``, ``test.txt`` in the root, or ``.csv``. A line is a name, or the paths of an
+      image and of a mask. Lists are the safest choice for a folder that grows.
     - fractions, drawn by a hash of the names.
 
     Masks hold labels (grey, palette, 16 bits, ``.npy``) or colours. The classes of colours come from the first of
@@ -43,9 +60,9 @@ class Folder(SegmentationDataModule):
         bands: which bands of the images to read as stored (TIFF, ``.npy``, 16 bits), counted from 0; None reads RGB.
         image_dir: folder of the images below the root.
         mask_dir: folder of the masks below the root; it may be `image_dir` if a suffix tells images and masks apart.
-        image_suffix: end of the images' stems that the masks' stems lack, such as ``_sat``.
-        mask_suffix: end of the masks' stems that the images' stems lack, such as ``_mask``.
-        val_fraction: share of the images for validation, without folders and lists.
+        image_suffix: end of the images' names that the masks' names lack, such as ``_sat`` or ``.jpg``.
+        mask_suffix: end of the masks' names that the images' names lack, such as ``_mask`` or ``.png``.
+        val_fraction: share of the images for validation, without folders and lists; 0 validates on the training images.
         test_fraction: share of the images for the test, without folders and lists.
         **kwargs: arguments of `SegmentationDataModule`, such as ``batch_size`` and ``crop_size``.
 
@@ -137,13 +154,66 @@ class Folder(SegmentationDataModule):
         """
         self.look_at_colors()
         root = folder_of(self.root, f"{self.dirs[0]}/ and {self.dirs[1]}/")
+        if folders := self.split_folders():
+            return self.in_folders(folders, split)
         images, masks = root / self.dirs[0], root / self.dirs[1]
-        if any((images / name).is_dir() for name in ("train", "val", "test")):
-            return pair(images / split, masks / split, *self.suffixes, self.bands, self.colors)
-        if (root / "train.txt").is_file():
-            return self.listed_samples(root / f"{split}.txt", images, masks)
-        everything = pair(images, masks, *self.suffixes, self.bands, self.colors)
-        return split_by_hash(everything, split, *self.fractions)
+        if "train" in (lists := split_lists(root)):
+            if split not in lists:
+                raise UserError(
+                    f"{root} holds a {lists['train'].name} but no {split}{lists['train'].suffix}: add that list"
+                )
+            return self.listed_samples(lists[split], images, masks)
+        return share_of(self.paired(images, masks), split, *self.fractions)
+
+    def split_folders(self) -> dict[str, tuple[Path, Path]]:
+        """Return the folders of images and masks of each split; none if the splits have no folders.
+
+        They are ``images/train`` and ``masks/train``, or ``train/images`` and ``train/masks``.
+        """
+        assert self.root is not None
+        images, masks = (self.root / name for name in self.dirs)
+        found = {}
+        if splits := split_folders(images):
+            of_masks = split_folders(masks)
+            for split, folder in splits.items():
+                inner = folder / self.dirs[1]
+                found[split] = (folder, of_masks.get(split, inner if inner.is_dir() else masks / folder.name))
+        elif not images.is_dir():
+            for split, folder in split_folders(self.root).items():
+                if (folder / self.dirs[0]).is_dir():
+                    found[split] = (folder / self.dirs[0], folder / self.dirs[1])
+        return found
+
+    def in_folders(self, folders: dict[str, tuple[Path, Path]], split: str) -> list[Sample]:
+        """Pair the files in the folders of a split. Without a folder for validation, a share of train is taken.
+
+        Raises:
+            UserError: if there is no folder for the split.
+        """
+        if split in folders and (split != "train" or "val" in folders):
+            return self.paired(*folders[split])
+        if "train" not in folders or split == "test":
+            raise UserError(
+                f"{self.root} has folders for {', '.join(folders)} but none for {split}: add "
+                f"{folders[next(iter(folders))][0].parent / split}"
+                + (", or set data.test_split: val" if split == "test" else "")
+            )
+        say_once(
+            f"{self.root} has no folder for val: a share of train ({self.fractions[0]:g}, data.val_fraction) becomes "
+            "val, by a hash of the names"
+        )
+        return share_of(self.paired(*folders["train"]), split, self.fractions[0], 0)
+
+    def paired(self, images: Path, masks: Path) -> list[Sample]:
+        """Pair the files of two folders.
+
+        Raises:
+            UserError: if a folder is missing, two files have one name, or an ending that is not known unpairs all.
+        """
+        samples = pair(images, masks, *self.suffixes, self.bands, self.colors)
+        if (sentence := difference(samples)) is not None:
+            raise UserError(sentence)
+        return samples
 
     def listed_samples(self, listing: Path, images: Path, masks: Path) -> list[Sample]:
         """Return the samples that a list names, by a name, a file, or an image and a mask.
@@ -154,25 +224,66 @@ class Folder(SegmentationDataModule):
             masks: folder of the masks.
 
         Raises:
-            UserError: if the list does not exist, or a line names no sample. In a line of two paths, the files need
-                not exist here.
+            UserError: if a line names no sample. In a line of two paths, the files need not exist here.
         """
         root = listing.parent
-        if not listing.is_file():
-            raise UserError(f"{root} holds a train.txt but no {listing.name}: add that list")
-        everything = pair(images, masks, *self.suffixes, self.bands, self.colors) if images.is_dir() else []
-        by_name = {key: s for s in everything for key in (s.name, below(s.image, images), below(s.mask, masks))}
-        found = []
-        for line in read_lines(listing):
-            parts = [part.strip() for part in re.split(r"[\t,]", line)] if re.search(r"[\t,]", line) else line.split()
-            if line in by_name:
-                found.append(by_name[line])
-            elif len(parts) == 2:
-                image, mask = existing(parts[0], images, root), existing(parts[1], masks, root)
-                found.append(Sample(Path(parts[0]).with_suffix("").as_posix(), image, mask, self.bands, self.colors))
-            else:
+        by_name: dict[str, Sample] = {}
+        for s in self.paired(images, masks) if images.is_dir() and masks.is_dir() else []:
+            for file, folder in ((s.image, images), (s.mask, masks)):
+                assert file is not None
+                for base in (folder, root):
+                    if file.is_relative_to(base):
+                        path = file.relative_to(base)
+                        by_name[folded(path.as_posix())] = by_name[folded(path.with_suffix("").as_posix())] = s
+            by_name[folded(s.name)] = s
+        found: dict[str, Sample] = {}
+        repeated = 0
+        for number, line in enumerate(read_lines(listing)):
+            sample = self.listed_sample(line, by_name, images, masks, root)
+            if sample is None and number == 0 and all(cell.lower() in HEADER for cell in cells(line)):
+                continue
+            if sample is None:
                 raise UserError(f"{listing} names {line}, which is not in {images}: correct or remove that line")
-        return found
+            repeated += sample in found.values()
+            name = sample.name
+            if sample not in found.values():
+                while folded(name) in found:  # paths that differ in a drive, or in folders above the root
+                    name += "_"
+                found[folded(name)] = replace(sample, name=name)
+        if repeated:
+            say_once(f"{listing} names {repeated} samples twice: each is taken once")
+        return [*found.values()]
+
+    def listed_sample(
+        self, line: str, by_name: dict[str, Sample], images: Path, masks: Path, root: Path
+    ) -> Sample | None:
+        """Return the sample of a line of a list: a name or a file, or an image and a mask; None if there is none.
+
+        Args:
+            line: the line.
+            by_name: samples by their folded names and paths.
+            images: folder of the images.
+            masks: folder of the masks.
+            root: folder of the list.
+        """
+        table = [cell for cell in cells(line) if cell]
+        whole = parts_of(table[0] if len(table) == 1 else line)
+        for start in range(len(whole)):
+            if sample := by_name.get(folded("/".join(whole[start:]))):
+                return sample
+        words = line.split()
+        choices = [table] if len(table) == 2 else []
+        choices += [[" ".join(words[:i]), " ".join(words[i:])] for i in range(1, len(words))]
+        for image_text, mask_text in choices:
+            image, mask = located(image_text, images, root), located(mask_text, masks, root)
+            known = by_name.get(folded("/".join(parts_of(image_text))))
+            if known and known == by_name.get(folded("/".join(parts_of(mask_text)))):
+                return known
+            if len(choices) == 1 or (image.is_file() and mask.is_file()):
+                base = next((base for base in (images, root) if image.is_relative_to(base)), None)
+                name = "/".join(parts_of(str(image.relative_to(base) if base else image)))
+                return Sample(str(PurePosixPath(name).with_suffix("")), image, mask, self.bands, self.colors)
+        return None
 
     def look_at_colors(self) -> None:
         """Find out once whether the masks are in colour, and which classes they show or why that is not known.
@@ -180,10 +291,10 @@ class Folder(SegmentationDataModule):
         All files decide. Masks in RGB, and palettes in which a value has the colour of another label, are read by the
         colours of `palette` or a class map.
         """
-        if self.looked or self.root is None or not (self.root / self.dirs[1]).is_dir():
+        if self.looked or self.root is None or not self.root.is_dir():
             return
         self.looked = True
-        masks = [p for n, p in files_under(self.root / self.dirs[1]).items() if n.endswith(self.suffixes[1])]
+        masks = self.mask_files()
         given = self.given_colors()
         labels = self.label_map or {*range(self.num_classes), *self.void_values, IGNORE}
         if (IGNORE,) * 3 in given and IGNORE not in self.void_values:
@@ -196,6 +307,17 @@ class Folder(SegmentationDataModule):
                 self.learn_colors(masks, shown[1])
             except UserError as error:
                 self.colors_unknown = str(error)
+
+    def mask_files(self) -> list[Path]:
+        """List the masks of all splits."""
+        assert self.root is not None
+        flat = (self.root / self.dirs[0], self.root / self.dirs[1])
+        folders = {masks: images for images, masks in self.split_folders().values() or [flat] if masks.is_dir()}
+        return [
+            path
+            for masks, images in folders.items()
+            for _, path in stems(masks, self.suffixes[1], images, self.suffixes[0])
+        ]
 
     def given_colors(self) -> list[Color]:
         """Return the colours of `palette` or a class map, and the ignored ones; [] without these."""
@@ -242,13 +364,3 @@ class Folder(SegmentationDataModule):
         self.colors = (*self.palette, *self.void_colors)
         beyond = range(self.num_classes, len(self.colors))  # the labels that `labels_of_colors` gives void colours
         self.void_values = (*self.void_values, *beyond)
-
-
-def below(path: Path | None, folder: Path) -> str:
-    """Return a path relative to a folder, with its suffix; "" if it is not below the folder."""
-    return path.relative_to(folder).as_posix() if path is not None and path.is_relative_to(folder) else ""
-
-
-def existing(path: str, folder: Path, root: Path) -> Path:
-    """Return a file below a folder if it exists there, else below the root."""
-    return folder / path if (folder / path).is_file() else root / path

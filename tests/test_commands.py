@@ -75,7 +75,9 @@ def photos(tmp_path_factory):
     exif[0x0112] = 6  # turn by a quarter
     Image.fromarray(draw_pair(3)[0]).save(folder / "turned.jpeg", exif=exif)
     (folder / "notes.txt").write_text("not an image")
-    return folder, sizes | {"photo0.jpg": (48, 64), "sub/photo0.PNG": (48, 64), "turned.jpeg": (64, 48)}
+    doubles = {"photo0.png": sizes.pop("photo0.png"), "photo0.jpg": (48, 64)}  # these alone keep their suffix
+    others = {name.rpartition(".")[0]: size for name, size in sizes.items()}
+    return folder, others | doubles | {"sub/photo0": (48, 64), "turned": (64, 48)}
 
 
 def test_predict_writes_masks_overlays_and_lines_for_any_photo(trained, photos, tmp_path):
