@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 
 from . import checkpoints
 from .errors import UserError
-from .inference import Inference, Whole, evaluate, resize
+from .inference import Inference, Whole, evaluate, finite_images, resize, why_not_finite
 from .losses import CrossEntropy, batch_norm_errors, finite_sum
 from .metrics import ConfusionMatrix, confusion_metrics
 from .optimizer import Plateau, Schedule, configure, frozen_norms, sgd
@@ -110,6 +110,8 @@ class SegmentationModule(L.LightningModule):
         self.palette = [[37 * label % 256, 91 * label % 256, 173 * label % 256] for label in labels]
         self.confusion = ConfusionMatrix(len(labels))  # of the split that is being evaluated, as is the next
         self.mean_loss = MeanMetric()  # over labelled pixels
+        self.finite: list[Tensor] = []  # whether all logits of an image are finite, of the split that is evaluated
+        self.evaluated: list[str] = []  # the names of these images
 
     # What an architecture defines
     def score_maps(self, image: Tensor) -> dict[str, Tensor]:
@@ -222,9 +224,10 @@ class SegmentationModule(L.LightningModule):
             losses = self.losses(batch)
         rate, names = self.trainer.optimizers[0].param_groups[0]["lr"], ", ".join(batch["name"])
         loss = finite_sum(losses, f"step {self.global_step}, learning rate {rate:g}, images {names}")
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]), sync_dist=True)
         if len(losses) > 1:
-            self.log_dict({f"train/loss_{k}": v for k, v in losses.items()}, batch_size=len(batch["name"]))
+            terms = {f"train/loss_{k}": v for k, v in losses.items()}
+            self.log_dict(terms, batch_size=len(batch["name"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -234,6 +237,8 @@ class SegmentationModule(L.LightningModule):
         loss, weight, labels = evaluate(self, logits, mask)
         self.mean_loss.update(loss, weight=weight)
         self.confusion.update(labels, mask)
+        self.finite.append(finite_images(logits))
+        self.evaluated += batch.get("name", [])
         return {"loss": loss, "logits": logits}
 
     test_step = validation_step
@@ -247,6 +252,11 @@ class SegmentationModule(L.LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, split: str) -> None:
+        finite = torch.cat(self.finite).tolist() if self.finite else []
+        first = next((name for name, good in zip(self.evaluated, finite, strict=False) if not good), "")
+        self.finite, self.evaluated = [], []
+        if self.trainer.strategy.reduce_boolean_decision(not all(finite), all=False):
+            raise UserError(f"{split} has no scores: {why_not_finite(self, first)}")
         values = confusion_metrics(self.confusion.compute(), self.class_names, self.confusion.image_iou())
         values["loss"] = self.mean_loss.compute()
         self.log_dict({f"{split}/{k}": v.to(self.device, torch.float32) for k, v in values.items()}, sync_dist=True)
@@ -256,6 +266,9 @@ class SegmentationModule(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Return ``probs`` ``(N, num_classes, H, W)`` at the images' size, ``name`` and ``size``."""
         logits = self.inference(self, self.preprocess(batch["image"]))
+        finite = finite_images(logits).tolist()  # the labels follow at once, so this wait costs nothing
+        if not all(finite):
+            raise UserError(f"no labels are written: {why_not_finite(self, batch['name'][finite.index(False)])}")
         return {"probs": self.probabilities(logits), "name": batch["name"], "size": batch["size"]}
 
     def configure_optimizers(self) -> Any:

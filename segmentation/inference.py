@@ -200,6 +200,28 @@ def evaluate(model: Any, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, 
     return (torch.stack(losses) * share).sum(), total, torch.cat(labels, dim=1)
 
 
+def finite_images(logits: Tensor) -> Tensor:
+    """Return whether all logits of each image are finite: ``(N, K, H, W)`` -> bool ``(N,)``, on the logits' device."""
+    return logits.isfinite().flatten(1).all(dim=1)
+
+
+def why_not_finite(model: Any, name: str) -> str:
+    """Say whether the weights or an image make a network's output infinite or nan.
+
+    Args:
+        model: the network.
+        name: the first such image, "" if another process saw it.
+    """
+    state = model.state_dict().items()
+    layer = next((key for key, value in state if value.is_floating_point() and not value.isfinite().all()), None)
+    if layer is not None:
+        return f"the weights hold values that are not finite, first in {layer}: give another checkpoint"
+    return (
+        f"the network's output for {name or 'an image'} is not finite, and its weights are: look at that image's "
+        "values, or compute with trainer.precision 32"
+    )
+
+
 def positions(length: int, crop: int, overlap: float) -> list[int]:
     """Return where windows begin along a side: evenly from border to border, with at least this overlap."""
     step, room = max(1, round(crop * (1 - overlap))), max(0, length - crop)

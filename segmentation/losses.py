@@ -17,6 +17,15 @@ def labelled(mask: Tensor) -> Tensor:
     return (mask != IGNORE).float()
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return a value's mean over the processes of a run; every process must call this, and equally often."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    value = value.detach().clone()
+    torch.distributed.all_reduce(value)
+    return value / torch.distributed.get_world_size()
+
+
 class Loss(nn.Module):
     """The contract of ``model.loss``: a weighted mean over pixels, and the weight of each pixel in that mean.
 
@@ -45,6 +54,9 @@ class Loss(nn.Module):
 
 class CrossEntropy(Loss):
     """Cross-entropy of each labelled pixel; binary cross-entropy for one logit.
+
+    With several processes, training divides by the mean of their weights, so that the mean of their gradients is the
+    gradient of one process with all pixels, but for rounding (1e-6 of it in float32).
 
     Unlike ``torch.nn.CrossEntropyLoss``, a batch whose pixels are all ignored gives 0 with zero gradients, not nan.
 
@@ -75,7 +87,8 @@ class CrossEntropy(Loss):
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise UserError(f"class_weights has {len(self.class_weights)} values for {classes} classes")
         weight = self.weight_of(mask) if pixel_weight is None else self.weight_of(mask) * pixel_weight
-        return (loss * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total = mean_over_ranks(weight.sum()) if logits.requires_grad else weight.sum()
+        return (loss * weight).sum() / total.clamp(min=torch.finfo(torch.float32).tiny)
 
     def weight_of(self, mask: Tensor) -> Tensor:
         """Return the weight of each pixel in the mean: its class's, and 0 where ignored. ``(N, H, W)`` float."""

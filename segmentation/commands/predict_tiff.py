@@ -33,7 +33,7 @@ from ..architectures.unet import OverlapTile, UNet
 from ..base import SegmentationModule
 from ..checkpoints import compare_bands, load_trained, read
 from ..errors import UserError
-from ..inference import SlidingWindow, Tiled, Whole
+from ..inference import SlidingWindow, Tiled, Whole, finite_images, why_not_finite
 from ..outputs import exists, identities, replacing, writable
 from ..pictures import palette_bytes
 
@@ -167,6 +167,8 @@ def label_rows(
 
     for _, left, logits in inference.blocks(model, read, tiff.height, tiff.width):
         height, width = logits.shape[-2:]
+        if not finite_images(logits).all():
+            raise UserError(f"no labels are written: {why_not_finite(model, str(tiff.path))}")
         if left == 0:
             labels = np.empty((height, tiff.width), np.uint8)
         labels[:, left : left + width] = model.labels(model.probabilities(logits))[0].cpu().numpy()
