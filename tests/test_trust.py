@@ -1,16 +1,18 @@
 """Files from strangers run nothing: a marker file would tell. A file that cannot be read is named in one sentence."""
 
+import hashlib
 import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import config, draw_tree, lightning
 from torch import nn
 
-from segmentation import MaskFormer, SegmentationModule, UNet, checkpoints, cli, tensor_file
+from segmentation import MaskFormer, SegmentationModule, UNet, checkpoints, cli, tensor_file, weights
 from segmentation.errors import UserError
 
 
@@ -216,3 +218,26 @@ def test_weights_without_a_run_are_loaded_as_the_sentence_says(left, tree, tmp_p
     if left != "nothing":  # the advice
         again = UNet(3, base_channels=4, weights="x.pth")
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in state.items())
+
+
+def test_another_file_of_the_same_name_in_the_cache_is_named(tmp_path, monkeypatch):
+    """Torchvision publishes 8 hex digits of the sha256, in the file's name."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pth")
+    digits = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()[:8]
+    published = SimpleNamespace(url=f"https://download.pytorch.org/models/net-{digits}.pth")
+    cached = tmp_path / f"checkpoints/net-{digits}.pth"
+    cached.write_bytes((tmp_path / "x.pth").read_bytes())
+    assert weights.download(published)["a"].tolist() == [1, 1]
+    torch.save({"a": torch.zeros(2)}, cached)
+    with pytest.raises(UserError, match=f"net-{digits}.pth is not the file that torchvision published.*not {digits}"):
+        weights.download(published)
+    torch.save({"a": Touch(tmp_path / "executed")}, cached)
+    digits = hashlib.sha256(cached.read_bytes()).hexdigest()[:8]
+    cached.rename(cached.with_name(f"net-{digits}.pth"))
+    with pytest.raises(UserError, match=f"net-{digits}.pth holds more than tensors"):
+        weights.download(SimpleNamespace(url=f"https://download.pytorch.org/models/net-{digits}.pth"))
+    with pytest.raises(UserError, match="is no address of weights with a checksum"):
+        weights.download(SimpleNamespace(url=f"http://download.pytorch.org/models/net-{digits}.pth"))
+    assert not (tmp_path / "executed").exists()

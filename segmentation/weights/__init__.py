@@ -5,7 +5,9 @@ into constructor arguments before the network is built; see `arguments_from_weig
 """
 
 import functools
+import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,19 +149,38 @@ def numpy_scalars() -> list[Any]:
 
 
 def download(weights: WeightsEnum) -> dict[str, Tensor]:
-    """Fetch one of torchvision's published state dicts, from its cache or the network.
+    """Return one of torchvision's published state dicts, from its cache or the network.
+
+    Torchvision publishes the first 8 hex digits of a file's sha256, in its name, and no more. The file is compared with
+    them at each use, since any other file of that name may lie in the cache. Tensors and plain types alone are read.
 
     Raises:
-        UserError: if the network is down; the message says where to put the file by hand.
+        UserError: if the network is down, or the file is another than the published one; names the file.
     """
+    url = weights.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    digits = file.stem.rpartition("-")[2]
+    if not url.startswith("https://") or re.fullmatch("[0-9a-f]{8,64}", digits) is None:
+        raise UserError(f"{url} is no address of weights with a checksum: name a file by --model.weights FILE")
     try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
-    except OSError as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), digits, progress=True)
+        with file.open("rb") as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the download has another checksum
         raise UserError(
-            f"cannot download {weights.url} ({error}): put the file into {folder}, or start from random weights with "
+            f"cannot download {url} ({error}): put the file into {file.parent}, or start from random weights with "
             "--model.weights null"
         ) from error
+    if not digest.hexdigest().startswith(digits):
+        raise UserError(
+            f"{file} is not the file that torchvision published: its sha256 begins with "
+            f"{digest.hexdigest()[:8]}, not {digits}: delete it, so that it is downloaded again"
+        )
+    return dict(tensor_file.read(file, "the weights"))
 
 
 def load_file(network: Any, path: str, new_layers: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
