@@ -1,6 +1,7 @@
 """The command ``lightning {fit,validate,test,predict,...} --config FILE``: a LightningCLI with plain errors."""
 
 import argparse
+import json
 import logging
 import re
 import sys
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import datamodules
 import datamodules.errors
 import segmentation
+from datamodules import layout
 from segmentation import callbacks, outputs, runs
 
 from .commands.check_data import check_data
@@ -88,7 +90,7 @@ class CLI(LightningCLI):
         for key in re.findall(r"^--([\w.]+)", "\n".join(args[1:]), re.MULTILINE):
             if unused(args[0], key):
                 parser.error(f"{args[0]} does not use --{key}: leave it out")
-        self.config = parser.parse_args(with_checkpoint_model(args))
+        self.config = parser.parse_args(with_checkpoint_model(with_layout(args)))
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         for key in KEPT:
             if unused(command, key) or (key == "model" and config.get("layers")):
@@ -133,6 +135,20 @@ class CLI(LightningCLI):
     def check_data(self, model: None, **options: Any) -> None:
         """Run `check_data` without the model that a LightningCLI hands to every command, and with data's arguments."""
         check_data(self.trainer, **options, arguments=self.config.check_data.data.as_dict())
+
+
+def with_layout(args: list[str]) -> list[str]:
+    """Add the class of data and its arguments to ``check_data --data.root FOLDER``, as the folder shows them."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--data", "--config", "--data.root"):
+        look.add_argument(name, *(["-c"] if name == "--config" else []))
+    known = vars(look.parse_known_args(args)[0])
+    if args[:1] != ["check_data"] or known["data"] or known["config"] or not known["data.root"]:
+        return args
+    found = layout.work_out(Path(known["data.root"]).expanduser())
+    print(*found.said, sep="\n")
+    data = json.dumps({"class_path": found.class_path, "init_args": found.init_args})
+    return [args[0], "--data", data, *args[1:]]
 
 
 def main(args: Sequence[str] | None = None) -> None:

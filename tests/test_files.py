@@ -1,11 +1,12 @@
 """Files as people have them: what lies around, names, lists and splits."""
 
+import json
 import string
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, draw_tree, lightning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,6 +15,8 @@ from datamodules import Folder
 from datamodules.decode import Sample
 from datamodules.errors import UserError
 from datamodules.files import files_under, list_photos, pair, parts_of, plain, read_lines, share_of
+from datamodules.layout import work_out
+from segmentation.cli import with_layout
 
 
 def draw(*paths: Path) -> None:
@@ -228,3 +231,75 @@ def test_shares_divide_all_samples_or_say_that_one_is_empty(n, val, test):
 @given(st.text(string.ascii_lowercase + "_- ", min_size=1, max_size=8), st.integers(0, 999))
 def test_zeros_and_words_are_no_difference(word, number):
     assert plain(f"{word}_{number}_image") == plain(f"{word}_{number:05d}_mask") == plain(f"{word}_{number}")
+
+
+SIDE = {"image_dir": ".", "mask_dir": "."}
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "expected"),
+    [
+        ("images/{}.jpg", "masks/{}.png", {"image_dir": "images", "mask_dir": "masks"}),
+        ("train/images/{}.jpg", "train/masks/{}.png", {"image_dir": "images", "mask_dir": "masks"}),
+        ("JPEGImages/{}.jpg", "SegmentationClass/{}.png", {"image_dir": "JPEGImages", "mask_dir": "SegmentationClass"}),
+        (
+            "images/{}_image.jpg",
+            "annotations/{}_annotation.png",
+            {"image_dir": "images", "mask_dir": "annotations", "image_suffix": "_image", "mask_suffix": "_annotation"},
+        ),
+        ("set/images/a/{}.jpg", "set/gt/a/{}.png", {"image_dir": "set/images", "mask_dir": "set/gt"}),
+        ("{}.jpg", "masks/{}.png", {"image_dir": ".", "mask_dir": "masks"}),
+        ("x/{}.jpg", "y/{}.png", {"image_dir": "x", "mask_dir": "y"}),
+        ("{}.jpg", "{}_mask.png", SIDE | {"mask_suffix": "_mask"}),
+        ("train/{}.jpg", "train/{}_mask.png", SIDE | {"mask_suffix": "_mask"}),
+        ("{}.jpg", "{}.png", SIDE | {"mask_suffix": ".png"}),
+    ],
+)
+def test_the_layout_is_worked_out(image, mask, expected, tmp_path):
+    pairs(tmp_path, image, mask)
+    found = work_out(tmp_path)
+    assert (found.class_path, found.init_args) == ("Folder", expected)
+    assert "6 pairs" in found.said[0]
+
+
+def test_annotations_beside_images_are_polygons(tmp_path):
+    draw(tmp_path / "a.jpg")
+    (tmp_path / "a.json").write_text(
+        json.dumps({
+            "shapes": [{"label": "cat", "shape_type": "polygon", "points": [[0, 0], [3, 0], [3, 3]]}],
+            "imagePath": "a.jpg",
+            "imageHeight": 4,
+            "imageWidth": 4,
+        })
+    )  # fmt: skip
+    assert work_out(tmp_path).class_path == "Polygons"
+
+
+def test_a_layout_that_cannot_be_told_is_refused(tmp_path):
+    draw(tmp_path / "x/0.jpg", tmp_path / "y/0.jpg")
+    with pytest.raises(UserError, match=r"holds 2 images in x, y, but it cannot be told .* add --data Folder"):
+        work_out(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        work_out(tmp_path / "nowhere")
+
+
+def test_the_command_takes_what_it_worked_out_and_what_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = str(draw_tree(tmp_path / "set", {"train": 3, "val": 1, "test": 1}))
+    given = ["check_data", "--data.root", root, "--data.class_names", "[a, b, c]"]
+    args = with_layout(given)
+    assert args[:2] == ["check_data", "--data"] and args[3:] == given[1:]
+    assert json.loads(args[2]) == {
+        "class_path": "Folder",
+        "init_args": {"image_dir": "images", "mask_dir": "masks"},
+    }
+    for others in (["check_data", "--data", "Folder", "--data.root", root], ["fit", "--data.root", root]):
+        assert with_layout(others) == others
+
+
+@pytest.mark.slow
+def test_check_data_without_a_class(tmp_path):
+    root = draw_tree(tmp_path / "set", {"train": 3, "val": 1, "test": 1})
+    output = lightning("check_data", "--data.root", root, "--minutes", "0.01", cwd=tmp_path).stdout
+    assert "taken as Folder: image_dir images, mask_dir masks; 3 pairs" in output
+    assert "recipe.yaml: Ready to train." in output

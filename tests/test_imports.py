@@ -39,6 +39,7 @@ ROOMS = {
     "datamodules/files": {"decode", "errors"},
     "datamodules/class_map": {"decode", "files", "errors"},
     "datamodules/annotations": {"decode", "errors"},
+    "datamodules/layout": {"annotations", "files", "errors"},
     "datamodules/download": {"errors"},
     "datamodules/transforms": {"errors"},
     "datamodules/weight_map": {"transforms", "errors"},
@@ -55,6 +56,7 @@ EXTENDS = {
     "architectures/segnet": "architectures/deconvnet",
     "architectures/unet3plus": "architectures/unet",
     "coco": "polygons",
+    "layout": "folder",  # it tries its arguments
     "recycling": "polygons",
     "synthetic_cells": "synthetic_scenes",
 }
