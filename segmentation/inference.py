@@ -15,6 +15,7 @@ from .errors import UserError
 from .losses import labelled
 
 Read = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> preprocessed pixels (N, C, h, w)
+LARGEST = 178_956_970  # pixels that a network sees at once; Pillow's limit too
 Block = tuple[int, int, Tensor]  # top, left, and the logits (N, K, h, w) from there on
 
 __all__ = ["Inference", "MultiScaleFlip", "SlidingWindow", "Tiled", "Whole"]
@@ -37,9 +38,19 @@ class Inference:
 
 
 class Whole(Inference):
-    """Show the network the image at once."""
+    """Show the network the image at once.
+
+    Raises:
+        UserError: for an image of more than `LARGEST` pixels, for which no memory is large enough.
+    """
 
     def __call__(self, model: Any, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        if height * width > LARGEST:
+            raise UserError(
+                f"an image of {width} x {height} pixels is too large for the network as a whole: set model.inference: "
+                "SlidingWindow, or use lightning predict_tiff"
+            )
         return model(image)
 
 

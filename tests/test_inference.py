@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from segmentation import DeepLabV1, MaskFormer, PSPNet, UNet
 from segmentation.architectures.unet import OverlapTile
+from segmentation.errors import UserError
 from segmentation.inference import MultiScaleFlip, SlidingWindow, Whole, positions
 
 narrow = {"base_channels": 8}
@@ -330,3 +331,11 @@ def test_yaml_and_command_line_agree_beside_a_checkpoint(tree, tmp_path):
     assert len(masks["flags"]) == 3 and masks["flags"] == masks["yaml"] != masks["whole"]
     wrong = run(*command, "--model.inference", "SlidingWindw", cwd=tmp_path)
     assert wrong.stderr.strip() == "error: unknown class 'SlidingWindw': did you mean 'SlidingWindow'?"
+
+
+def test_an_image_too_large_for_the_network_goes_in_windows(monkeypatch):
+    monkeypatch.setattr("segmentation.inference.LARGEST", 64 * 64 - 1)
+    model, image = UNet(2, base_channels=4).eval(), torch.zeros(1, 3, 64, 64)
+    with pytest.raises(UserError, match=r"64 x 64 pixels is too large .* set model\.inference: SlidingWindow"):
+        Whole()(model, image)
+    assert SlidingWindow(32)(model, image).shape == (1, 2, 64, 64)
