@@ -162,19 +162,18 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
     digits = file.stem.rpartition("-")[2]
     if not url.startswith("https://") or re.fullmatch("[0-9a-f]{8,64}", digits) is None:
         raise UserError(f"{url} is no address of weights with a checksum: name a file by --model.weights FILE")
-    try:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), digits, progress=True)
-        with file.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the download has another checksum
-        raise UserError(
-            f"cannot download {url} ({error}): put the file into {file.parent}, or start from random weights with "
-            "--model.weights null"
-        ) from error
+    if not file.exists():
+        try:
+            return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the download has another checksum
+            raise UserError(
+                f"cannot download {url} ({error}): put the file into {file.parent}, or start from random weights with "
+                "--model.weights null"
+            ) from error
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     if not digest.hexdigest().startswith(digits):
         raise UserError(
             f"{file} is not the file that torchvision published: its sha256 begins with "
