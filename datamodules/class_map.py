@@ -1,6 +1,5 @@
 """The classes of masks in colour: class maps, and the colours in the masks."""
 
-import csv
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from PIL import Image
 
 from .decode import color_codes, color_pixels, decoding, read_stored
 from .errors import UserError
-from .files import read_lines
+from .files import cells, read_lines
 
 Color = tuple[int, int, int]
 CLASS_MAPS = ("class_dict.csv", "classes.csv", "label_colors.txt", "labelmap.txt")
@@ -155,7 +154,7 @@ def read_class_map(path: Path) -> tuple[list[str], list[Color]]:
     """
     names, colors = [], []
     for line in read_lines(path):
-        if line.startswith("#") or re.match(r"name\b.*\br\b", line, re.IGNORECASE):
+        if line.startswith("#") or re.match(r"\W*name\b.*\br\b", line, re.IGNORECASE):
             continue
         spaced = re.fullmatch(r"(\d+)\s+(\d+)\s+(\d+)\s+(.+)", line)
         cvat = re.match(r"([^:]+):(\d+),(\d+),(\d+)(?::|$)", line)
@@ -164,7 +163,7 @@ def read_class_map(path: Path) -> tuple[list[str], list[Color]]:
         elif cvat:
             name, color = cvat[1], cvat.groups()[1:]
         else:
-            name, *color = next(csv.reader([line], skipinitialspace=True))  # type: ignore[assignment]
+            name, *color = cells(line)  # type: ignore[assignment]
         if len(color) != 3 or not all(part.strip().isdigit() and int(part) < 256 for part in color):
             raise UserError(
                 f"{path} has the line '{line}': write a class as 'name,r,g,b', 'r g b name' or 'name:r,g,b::'"
@@ -172,3 +171,23 @@ def read_class_map(path: Path) -> tuple[list[str], list[Color]]:
         names.append(name.strip())
         colors.append((int(color[0]), int(color[1]), int(color[2])))
     return names, colors
+
+
+def read_class_values(path: Path) -> tuple[list[str], list[int]]:
+    """Read Roboflow's ``_classes.csv``: lines of a stored value and the name of its class.
+
+    Returns:
+        names and stored values of the classes.
+
+    Raises:
+        UserError: for a line of another form, but for the first, which is a header.
+    """
+    names, values = [], []
+    for number, line in enumerate(read_lines(path)):
+        value, *name = cells(line)
+        if len(name) == 1 and value.isdigit():
+            names.append(name[0])
+            values.append(int(value))
+        elif number > 0:
+            raise UserError(f"{path} has the line '{line}': write a class as 'stored value, name'")
+    return names, values

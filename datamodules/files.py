@@ -350,12 +350,18 @@ def difference(samples: Sequence[Sample]) -> str | None:
     for short, long, which in ((images, masks, "mask"), (masks, images, "image")):
         first = next(iter(short), "")
         endings = [name[len(first) :] for name in long if first and name.startswith(first)]
-        for end in endings:
-            if sum(f"{name}{end}" in long for name in short) * 2 > len(short):
-                return (
-                    f"{short[first]} and {long[first + end]} look like a pair, and the second name has '{end}' in "
-                    f"addition: set data.{which}_suffix: {end}"
-                )
+        common = [end for end in endings if sum(f"{name}{end}" in long for name in short) * 2 > len(short)]
+        if len(common) > 1 and which == "mask":
+            return (
+                f"there are several masks per image, as {' and '.join(str(long[first + end]) for end in common[:2])} "
+                f"for {short[first]}: merge them into one mask of a label per class, or set data.mask_suffix: "
+                f"{common[0]} to read this one alone"
+            )
+        if common:
+            return (
+                f"{short[first]} and {long[first + common[0]]} look like a pair, and the second name has "
+                f"'{common[0]}' in addition: set data.{which}_suffix: {common[0]}"
+            )
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from .base import IGNORE, SegmentationDataModule, check_names, voc_palette
-from .class_map import CLASS_MAPS, Color, colors_found, read_class_map, shown_in_color
+from .class_map import CLASS_MAPS, Color, colors_found, read_class_map, read_class_values, shown_in_color
 from .decode import Sample
 from .errors import UserError
 from .files import (
@@ -28,6 +28,7 @@ from .files import (
     stems,
 )
 
+VALUES = "_classes.csv"  # Roboflow's
 HEADER = ("image", "images", "img", "file", "filename", "path", "image_path", "mask", "masks", "label", "mask_path")
 
 
@@ -52,7 +53,8 @@ class Folder(SegmentationDataModule):
 
     Args:
         root: folder that holds ``images/`` and ``masks/``.
-        class_names: one name per label; None reads ``classes.txt`` in the root, one name per line, or a class map.
+        class_names: one name per label; None reads ``classes.txt`` in the root, one name per line, a class map, or
+            Roboflow's ``_classes.csv``.
         palette: one RGB colour per class, 0 to 255; None takes the colours of masks in colour, else PASCAL VOC's.
         void_values: stored mask values to ignore, besides 255.
         void_colors: colours to ignore in masks in colour.
@@ -114,6 +116,14 @@ class Folder(SegmentationDataModule):
         listing = self.root / "classes.txt" if self.root else None
         if names is None and listing is not None and listing.is_file():
             names = read_lines(listing)
+        if names is None and self.root is not None:
+            folders = [self.root, *split_folders(self.root).values()]
+            tables = {str(read_class_values(f / VALUES)): f / VALUES for f in folders if (f / VALUES).is_file()}
+            if len(tables) > 1:
+                raise UserError(f"{' and '.join(map(str, tables.values()))} name different classes: correct one")
+            for table in tables.values():
+                names, values = read_class_values(table)
+                self.label_map = self.label_map or {value: label for label, value in enumerate(values)}
         if names is None and palette is None and self.class_map is not None:
             names, palette = read_class_map(self.class_map)
         self.class_names = list(names or ())

@@ -303,3 +303,33 @@ def test_check_data_without_a_class(tmp_path):
     output = lightning("check_data", "--data.root", root, "--minutes", "0.01", cwd=tmp_path).stdout
     assert "taken as Folder: image_dir images, mask_dir masks; 3 pairs" in output
     assert "recipe.yaml: Ready to train." in output
+
+
+def test_several_masks_per_image_are_named(tmp_path):
+    pairs(tmp_path, "images/{}.jpg", "masks/{}_cat.png")
+    pairs(tmp_path, "images/{}.jpg", "masks/{}_dog.png")
+    with pytest.raises(UserError, match=r"several masks per image, as .*0_cat\.png and .*0_dog\.png for .*0\.jpg"):
+        Folder(tmp_path, CLASSES).samples("train")
+    assert len(Folder(tmp_path, CLASSES, mask_suffix="_cat").samples("train")) == 4  # as the sentence advises
+
+
+def test_classes_of_roboflow(tmp_path):
+    pairs(tmp_path, "train/{}.jpg", "train/{}_mask.png")
+    pairs(tmp_path, "valid/{}.jpg", "valid/{}_mask.png", 1)
+    for split in ("train", "valid"):
+        text = "Pixel Value, Class\r\n0, background\r\n2, a\r\n"
+        (tmp_path / split / "_classes.csv").write_bytes(text.encode("utf-16"))
+    data = Folder(tmp_path, image_dir=".", mask_dir=".", mask_suffix="_mask")
+    assert data.class_names == ["background", "a"] and data.label_map == {0: 0, 2: 1}
+    (tmp_path / "valid/_classes.csv").write_text("Pixel Value, Class\n0, background\n2, b")
+    with pytest.raises(UserError, match="name different classes"):
+        Folder(tmp_path, image_dir=".", mask_dir=".", mask_suffix="_mask")
+
+
+@pytest.mark.parametrize("sign", [";", "\t", ","])
+def test_class_maps_of_spreadsheets(sign, tmp_path):
+    rows = [["name", "r", "g", "b", ""], ['"bg"', "0", "0", "0", ""], ["a b", "255", "0", "1", ""]]
+    text = "\r\n".join(sign.join(row) for row in rows)
+    (tmp_path / "class_dict.csv").write_bytes(text.encode("utf-8-sig"))
+    data = Folder(tmp_path)
+    assert data.class_names == ["bg", "a b"] and data.palette == [(0, 0, 0), (255, 0, 1)]
