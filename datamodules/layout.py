@@ -127,13 +127,13 @@ def look_like_masks(paths: Sequence[Path]) -> bool:
 
 
 def count_pairs(root: Path, arguments: dict[str, Any]) -> int:
-    """Count the training images that have a mask by these arguments; an error that names two files is passed on."""
+    """Count the training images that have a mask by these arguments; an error that names its files is passed on."""
     data = Folder(root, **arguments, val_fraction=0, test_fraction=0)
     data.looked = True  # colours do not matter here
     try:
         samples = data.samples("train")
     except UserError as error:
-        if "of one name" in str(error):
+        if any(words in str(error) for words in ("of one name", "several masks per image", "are both the split")):
             raise
         return 0
     return sum(sample.missing() is None for sample in samples)

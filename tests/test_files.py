@@ -310,6 +310,8 @@ def test_several_masks_per_image_are_named(tmp_path):
     pairs(tmp_path, "images/{}.jpg", "masks/{}_dog.png")
     with pytest.raises(UserError, match=r"several masks per image, as .*0_cat\.png and .*0_dog\.png for .*0\.jpg"):
         Folder(tmp_path, CLASSES).samples("train")
+    with pytest.raises(UserError, match="several masks per image"):
+        work_out(tmp_path)
     assert len(Folder(tmp_path, CLASSES, mask_suffix="_cat").samples("train")) == 4  # as the sentence advises
 
 
