@@ -69,7 +69,7 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return Lightning's commands and ours, with the parameters that do not come from the command line."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule", "arguments"} for name in OWN}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule", "arguments", "worked_out"} for name in OWN}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--trainer``, ``--model`` and ``--data``; a command that lacks what it needs gets an error of ours."""
@@ -90,7 +90,9 @@ class CLI(LightningCLI):
         for key in re.findall(r"^--([\w.]+)", "\n".join(args[1:]), re.MULTILINE):
             if unused(args[0], key):
                 parser.error(f"{args[0]} does not use --{key}: leave it out")
-        self.config = parser.parse_args(with_checkpoint_model(with_layout(args)))
+        complete = with_layout(args)
+        self.worked_out = complete is not args
+        self.config = parser.parse_args(with_checkpoint_model(complete))
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         for key in KEPT:
             if unused(command, key) or (key == "model" and config.get("layers")):
@@ -134,7 +136,8 @@ class CLI(LightningCLI):
 
     def check_data(self, model: None, **options: Any) -> None:
         """Run `check_data` without the model that a LightningCLI hands to every command, and with data's arguments."""
-        check_data(self.trainer, **options, arguments=self.config.check_data.data.as_dict())
+        arguments = self.config.check_data.data.as_dict()
+        check_data(self.trainer, **options, arguments=arguments, worked_out=self.worked_out)
 
 
 def with_layout(args: list[str]) -> list[str]:

@@ -89,7 +89,7 @@ def test_help_shows_the_commands_own_options_first(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     options = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
-    own = OWN[command] - {"trainer", "model", "datamodule", "arguments"}
+    own = OWN[command] - {"trainer", "model", "datamodule", "arguments", "worked_out"}
     assert end.value.code == 0 and {option.strip("-,") for option in options[: len(own)]} == own
     assert [option for option in options if option.startswith("--trainer")] == ["--trainer.accelerator"]
     assert ("--model" in options) == ("model" in OWN[command])

@@ -127,6 +127,9 @@ def test_a_recipe_mends_masks_of_0_and_255(tmp_path, monkeypatch, capsys):
     config = yaml.safe_load(Path("check_data/tree/recipe.yaml").read_text())
     assert config["data"]["init_args"]["label_map"] == {0: 0, 255: 1} and config["data"]["init_args"]["root"] == "tree"
     assert config["model"]["init_args"]["num_classes"] == 2
+    main(["check_data", "--data.root", "tree", "--minutes", "0.001"])  # no SystemExit: only the recipe counts
+    printed = capsys.readouterr().out
+    assert printed.startswith("taken as Folder") and "\nReady to train" in printed and "would fail" not in printed
 
 
 def test_what_no_recipe_mends_is_said(tmp_path, monkeypatch, capsys):
