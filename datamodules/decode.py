@@ -495,7 +495,7 @@ def one_band(path: Path, stored: Stored, loose: int = 0) -> np.ndarray:
         if apart and k < 3 and stored.space in ("rgb", "cmyk"):
             raise UserError(
                 f"{path} is a mask in colour ({shape}) and holds no labels: save it as labels, or, if all masks are in "
-                "colour, name the colours of the classes (README, 'Masks in colour')"
+                "colour, name the colours of the classes (docs/your_data.md)"
             )
         if apart and (band != band.flat[0]).any():
             some = ", ".join(str(value) for value in np.unique(band)[:3])

@@ -363,7 +363,7 @@ class Folder(SegmentationDataModule):
             cure = ", or save all masks with one palette" if "the palette" in shown else ""
             raise UserError(
                 f"{shown}, and the classes of the colours are not known: give one colour per class in data.palette, or "
-                f"a {CLASS_MAPS[0]} in {self.root} (README, 'Masks in colour'){cure}"
+                f"a {CLASS_MAPS[0]} in {self.root} (docs/your_data.md){cure}"
             )
         elif not self.palette_given:
             self.palette = [color for color in colors_found(masks) if color not in self.void_colors]

@@ -236,7 +236,7 @@ def in_colors(found: Examination) -> Iterator[Finding]:
     if bad := [f for f in found.facts if f.problem == "colour"]:
         colors = found_colors(bad)
         listed = most_common(colors, sum(int(np.prod(f.mask_shape)) for f in bad))
-        advice = "Give one colour per class in data.palette, or a class map (README, 'Masks in colour')"
+        advice = "Give one colour per class in data.palette, or a class map (docs/your_data.md)"
         if bad[0].sample.colors:
             advice = "Add them to the classes, or to data.void_colors to ignore them"
         text = f"{count(len(bad), 'mask')} in colours that belong to no class, {listed}"
