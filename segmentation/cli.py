@@ -101,6 +101,9 @@ class CLI(LightningCLI):
                 part = {"model": "an architecture", "data": "a data set"}[key]
                 parser.error(f"no {key} given: name a config with --config FILE, or {part} with --{key} CLASS")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint: Lightning would build the classes that its ``hyper_parameters`` name."""
+
     def before_instantiate_classes(self) -> None:
         """Settle what depends on earlier runs and on the W&B key, before anything is built."""
         config = self.config[self.subcommand]

@@ -73,13 +73,20 @@ def hostile(name: str, folder: Path) -> Path:
         made["segmentation"]["class_path"] = "segmentation.checkpoints.torch"
     elif name == "bands":
         made["segmentation"]["bands"] = {"class_path": "stranger.run"}
+    elif name in IGNORED:
+        made["hyper_parameters"] = IGNORED[name]
     (folder / "call.yaml").write_text("class_path: stranger.run\n")
     torch.save({"a": Touch(folder / "executed")}, folder / "weights.pth")
     torch.save(made, folder / "x.ckpt")
     return folder / "x.ckpt"
 
 
-OTHERS = ["another class", "a class below the package's name", "bands"]
+IGNORED = {  # entries of Lightning's, which no command reads
+    "hyperparameters": {"class_path": "UNet", "init_args": {"num_classes": 3, "optimizer": "stranger.run"}},
+    "the class of hyperparameters": {"_class_path": "stranger.Net"},
+    "the builder of hyperparameters": {"_instantiator": "stranger.run", "num_classes": 3},
+}
+OTHERS = [*IGNORED, "another class", "a class below the package's name", "bands"]
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *OTHERS])
@@ -90,7 +97,7 @@ def test_no_class_of_a_checkpoint_is_imported_or_called(name, marker, tmp_path, 
         cli.main(arguments)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and not marker.exists()
-    assert ("none does not exist" if name == "a file of weights" else "x.ckpt") in said[0]
+    assert ("none does not exist" if name in {"a file of weights", *IGNORED} else "x.ckpt") in said[0]
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *OTHERS])
@@ -120,6 +127,10 @@ def test_the_real_commands_run_nothing(tree, marker, tmp_path):
         done = lightning(*command, "--ckpt_path", file, cwd=tmp_path)
         assert done.returncode == 1 and not marker.exists(), done.stderr
         assert "error: " in done.stderr and "Traceback" not in done.stderr and "x.ckpt" in done.stderr
+    file.write_bytes(file.read_bytes()[:2000])
+    for command in commands[1:3]:
+        done = lightning(*command, "--ckpt_path", file, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and f"{file} is cut short" in done.stderr
 
 
 def test_a_checkpoint_may_set_plain_arguments_alone():
