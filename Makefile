@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= $(VENV)/oldest
+OLDEST_TESTS ?= test-fast
 BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Test files that take a few seconds each, one or more for every folder of the code.
 SMOKE := imports habits base unet deeplabv1 deeplabv3plus inference crf metrics report data datasets transforms \
-	check compare examples
+	check compare examples decode files outputs polygons trust
 
 .PHONY: install quickstart test test-fast test-smoke test-oldest check clean
 
@@ -40,7 +41,7 @@ test-smoke: install
 	$(PYTEST) -m 'not slow' $(SMOKE:%=tests/test_%.py)
 
 test-oldest:
-	$(MAKE) VENV=$(OLDEST) BOUNDS="-e 's/>=\([^,]*\).*/==\1.*/'" test-fast
+	$(MAKE) VENV=$(OLDEST) BOUNDS="-e 's/>=\([^,]*\).*/==\1.*/'" $(OLDEST_TESTS)
 
 check: install
 	$(BIN)/ruff check .
