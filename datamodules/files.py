@@ -481,6 +481,6 @@ def share_of(samples: Sequence[Sample], split: str, val: float, test: float) -> 
     elif len(samples) > 2:
         cure = "lower fractions"
     raise UserError(
-        f"there are {len(samples)} images: val takes {first} (data.val_fraction {val:g}) and test takes {second} "
-        f"(data.test_fraction {test:g}), which leaves none for {split}: add images, or set {cure}"
+        f"of {len(samples)} images, val takes {first} (data.val_fraction {val:g}) and test takes {second} (data."
+        f"test_fraction {test:g}), which leaves none for {split}: add images, or set {cure}"
     )

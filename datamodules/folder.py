@@ -188,6 +188,10 @@ class Folder(SegmentationDataModule):
             for split, folder in splits.items():
                 inner = folder / self.dirs[1]
                 found[split] = (folder, of_masks.get(split, inner if inner.is_dir() else masks / folder.name))
+            found |= {split: (images / path.name, path) for split, path in of_masks.items() if split not in splits}
+            others = {path.name for path in images.iterdir() if path.is_dir() and path not in splits.values()}
+            if others := {name for name in others if not name.startswith((".", "__"))}:
+                say_once(f"{images} holds folders that are no split and are left out: {', '.join(sorted(others))}")
         elif not images.is_dir():
             for split, folder in split_folders(self.root).items():
                 if (folder / self.dirs[0]).is_dir():

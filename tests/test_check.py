@@ -102,7 +102,7 @@ CASES = {
     ),
     "two images of one name": (
         lambda r: Image.open(r / "images/train/03.jpg").save(r / "images/train/03.png"), {}, "error",
-        ["13 files without a partner", "Two files are called", "train/03: keep one"], "images/train/03.jpg",
+        ["train/03.jpg", "train/03.png are two images of one name: remove or rename one of them"], None,
     ),
     "truncated image": (
         lambda r: truncate(r / "images/train/02.jpg"), {}, "error", ["1 file that cannot be read", "truncated"],
@@ -337,7 +337,9 @@ REMEDIES = {
         "image without mask", "remove the image", lambda r: (r / "images/train/03.jpg").unlink()
     ),
     "no mask without an image": ("mask without image", "remove the mask", lambda r: (r / "masks/val/02.png").unlink()),
-    "one of two files": ("two images of one name", "keep one", lambda r: (r / "images/train/03.png").unlink()),
+    "one of two files": (
+        "two images of one name", "remove or rename one", lambda r: (r / "images/train/03.png").unlink()
+    ),
     "another file": (
         "truncated mask", "replace or remove it", lambda r: copy(r / "masks/val/01.png", r / "masks/val/00.png")
     ),

@@ -200,12 +200,12 @@ def test_two_folders_of_one_split_are_refused(tmp_path):
 def test_one_two_and_three_pairs(tmp_path):
     for n in (1, 2, 3):
         pairs(tmp_path / str(n), "images/{}.png", "masks/{}.png", n)
-    with pytest.raises(UserError, match=r"there are 1 images: val takes 1 .* data\.val_fraction: 0 and "):
+    with pytest.raises(UserError, match=r"of 1 images, val takes 1 .* data\.val_fraction: 0 and "):
         Folder(tmp_path / "1", CLASSES).samples("train")
     one = Folder(tmp_path / "1", CLASSES, batch_size=1, val_fraction=0, test_fraction=0)
     one.setup("fit")
     assert len(one.datasets["train"]) == len(one.datasets["val"]) == 1
-    with pytest.raises(UserError, match=r"there are 2 images: val takes 1 .* or set data\.test_fraction: 0$"):
+    with pytest.raises(UserError, match=r"of 2 images, val takes 1 .* or set data\.test_fraction: 0$"):
         Folder(tmp_path / "2", CLASSES).samples("train")
     assert len(Folder(tmp_path / "2", CLASSES, test_fraction=0).samples("train")) == 1
     assert [len(Folder(tmp_path / "3", CLASSES).samples(s)) for s in ("train", "val", "test")] == [1, 1, 1]

@@ -237,7 +237,7 @@ def test_other_names_are_said_and_win(swapped, monkeypatch, tmp_path, caplog):
         (["bg", ""], "the class of label 1 has no name"),
         (["bg", "tree/shrub"], "the class name 'tree/shrub' has a slash"),
         (["bg", "a\\b"], "has a slash"),
-        (["bg", "a\tb"], "control character"),
+        (["bg", "a\x07b"], "control character"),
     ],
 )
 def test_names_that_tell_no_classes_apart_are_refused(names, words, tmp_path):
