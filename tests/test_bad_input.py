@@ -44,7 +44,7 @@ CASES = {
     ),
     "value outside the classes": (
         lambda root: save(root / "masks/val/01.png", np.full((48, 64), 7)), {}, [],
-        ["masks/val/01.png", "value 7", "3 classes", "void_values"],
+        ["masks/val/01.png", "none of the 3 classes, 7 (100 %)", "void_values: [7]"],
     ),
     "masks of 0 and 255": (
         zeros_and_255, {"num_classes": "num_classes: 2", "class_names": "class_names: [a, b]",
@@ -52,7 +52,7 @@ CASES = {
         ["0 and 255", "label_map: {0: 0, 255: 1}"],
     ),
     "masks in colour": (
-        lambda root: colour(root / "masks/train/00.png"), {}, [], ["masks/train/00.png", "RGB", "name the colours"]
+        lambda root: colour(root / "masks/train/00.png"), {}, [], ["masks/train/00.png is RGB, others are not"]
     ),
     "truncated image": (
         lambda root: truncate(root / "images/train/07.jpg"), {}, [], ["images/train/07.jpg", "cannot be read"]
@@ -67,7 +67,9 @@ CASES = {
     "empty split": (
         lambda root: [p.unlink() for p in root.glob("*/val/*")], {}, [], ["'val'", "is empty"]
     ),
-    "fewer images than a batch": (None, {"batch_size": "batch_size: 64"}, [], ["12 images", "batch of 64"]),
+    "fewer images than a batch": (
+        None, {"batch_size": "batch_size: 64"}, [], ["12 training images", "batch of 64", "batch_size: 12"]
+    ),
     "one value per channel": (
         None, {"class_path: UNet": "", "batch_size": "batch_size: 1"}, [], ["batch norm", "batch_size to 2 or more"]
     ),

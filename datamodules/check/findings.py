@@ -239,6 +239,8 @@ def in_colors(found: Examination) -> Iterator[Finding]:
         advice = "Give one colour per class in data.palette, or a class map (docs/your_data.md)"
         if bad[0].sample.colors:
             advice = "Add them to the classes, or to data.void_colors to ignore them"
+        if few := in_the_other_form(found.facts):
+            advice = f"{few[0].file(mask=True)} is {few[0].mask_mode}, others are not: save all in one form"
         text = f"{count(len(bad), 'mask')} in colours that belong to no class, {listed}"
         yield Finding("error", text, bad, mask=True, advice=LOSSY if len(colors) > 256 else advice)
     if some := [f for f in found.facts if f.values and f.sample.colors]:
@@ -251,6 +253,15 @@ def in_colors(found: Examination) -> Iterator[Finding]:
         text = f"{count(len(bad), 'palette mask')} whose palette differs from the others'"
         advice = "If colours mean classes, save all masks with one palette: now one index has several colours"
         yield Finding("warning", text, bad, mask=True, advice=advice)
+
+
+def in_the_other_form(facts: Sequence[Facts]) -> list[Facts]:
+    """Return the masks in colour among masks of labels, or the masks of labels among those in colour, if fewer."""
+    forms: dict[bool, list[Facts]] = {True: [], False: []}
+    for f in facts:
+        if f.mask_mode:
+            forms[f.mask_mode in ("RGB", "RGBA", "CMYK", "YCbCr")].append(f)
+    return min(forms.values(), key=len)
 
 
 def in_names(found: Examination) -> Iterator[Finding]:
