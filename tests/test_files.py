@@ -220,7 +220,7 @@ def test_shares_divide_all_samples_or_say_that_one_is_empty(n, val, test):
         try:
             parts.append({s.name for s in share_of(samples, split, val, test)})
         except UserError as error:
-            assert f"there are {n} images" in str(error) or (split == "test" and test == 0)
+            assert f"of {n} images, val takes" in str(error) or (split == "test" and test == 0)
             parts.append(set())
     train, held, tested = parts
     assert not train & tested and (held == train if val == 0 else not held & (train | tested))
