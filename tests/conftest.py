@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import settings
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ PROJECT = Path(__file__).parents[1]
 CLASSES = ["ground", "disc", "bar"]
 
 torch.set_num_threads(1)
+settings.register_profile("same", derandomize=True, deadline=None)  # the same examples in every run
+settings.load_profile("same")
 logging.getLogger("lightning.pytorch").propagate = True  # pytest 8 imports this file before it captures logs
 
 
