@@ -431,6 +431,18 @@ def located(text: str, folder: Path, root: Path) -> Path:
     return root.joinpath(*parts)
 
 
+def check_fractions(val: float, test: float) -> None:
+    """Check that the shares of validation and test leave something to train on.
+
+    Raises:
+        UserError: if one is negative, or both together are all samples.
+    """
+    if min(val, test) < 0 or val + test >= 1:
+        raise UserError(
+            f"data.val_fraction {val} and data.test_fraction {test} must not be negative, and their sum must be below 1"
+        )
+
+
 def split_by_hash(samples: Sequence[Sample], split: str, val: float, test: float, group: str = "") -> list[Sample]:
     """Choose the samples of one split by a hash of their names, so that every machine gets the same split.
 

@@ -14,6 +14,7 @@ from .decode import Sample
 from .errors import UserError
 from .files import (
     cells,
+    check_fractions,
     difference,
     folded,
     folder_of,
@@ -92,11 +93,7 @@ class Folder(SegmentationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise UserError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must not be negative, and "
-                "their sum must be below 1"
-            )
+        check_fractions(val_fraction, test_fraction)
         if image_dir == mask_dir and image_suffix == mask_suffix:
             raise UserError(f"images and masks both lie in '{image_dir}': tell them apart by data.mask_suffix")
         self.fractions = (val_fraction, test_fraction)

@@ -20,7 +20,7 @@ from .annotations import IGNORED, Annotations, Color, Picture, read_annotations
 from .base import SegmentationDataModule, voc_palette
 from .decode import Sample, decoding, read_image
 from .errors import UserError
-from .files import files_under, folder_of, split_by_hash
+from .files import check_fractions, files_under, folder_of, split_by_hash
 from .transforms import IGNORE
 
 BACKGROUND = re.compile(r"_*background_*", re.IGNORECASE)  # as tools spell the class outside all objects
@@ -158,11 +158,7 @@ class Polygons(SegmentationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise UserError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must not be negative, and "
-                "their sum must be below 1"
-            )
+        check_fractions(val_fraction, test_fraction)
         self.annotations, self.image_dir = annotations, image_dir
         self.bands, self.ignore_overlap = None if bands is None else tuple(bands), ignore_overlap
         self.in_channels = 3 if self.bands is None else len(self.bands)
